@@ -1,0 +1,134 @@
+"""Local modules: the user's own files beside the notebook, which travel as files.
+
+By file, not by value: lazy and relative imports, resources and class identity keep working in the Replica.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdeploy import environment
+from nbdeploy.capture.folder import walk
+from nbdeploy.errors import CannotTravelError
+
+MAX_BYTES = 200 * 1024 * 1024  # of one package: more is data that does not belong among code
+_LEFT_OUT = {"__pycache__", ".git", ".ipynb_checkpoints", ".mypy_cache", ".pytest_cache", "node_modules", ".venv"}
+
+
+@dataclass(frozen=True)
+class LocalModule:
+    """A top-level module of the user.
+
+    Attributes:
+        name: as imported.
+        files: path in the Bundle's code folder → file on disk.
+    """
+
+    name: str
+    files: dict[str, Path]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+def installed_places() -> tuple[Path, ...]:
+    """Return the folders of the standard library and of installed packages."""
+    paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    paths |= set(site.getsitepackages()) | {site.getusersitepackages()}
+    paths |= {entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))}
+    paths |= {entry for entry in sys.path if entry.endswith(".zip")}
+    return tuple({Path(path).resolve() for path in paths if path})
+
+
+def origin_of(name: str) -> Path | None:
+    """Return the file of a top-level module that is imported, or could be; None for built-in and frozen ones."""
+    module = sys.modules.get(name)
+    if module is not None:
+        file = getattr(module, "__file__", None)
+        if file:
+            return Path(file).resolve()
+        places = list(getattr(module, "__path__", ()))  # a namespace package
+        return (Path(places[0]).resolve() / "__init__.py") if places else None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not spec.has_location or spec.origin is None:
+        return None
+    return Path(spec.origin).resolve()
+
+
+def is_local(name: str, places: tuple[Path, ...]) -> bool:
+    """Whether a top-level module is a file of the user, neither installed nor part of an editable distribution."""
+    if name in sys.stdlib_module_names or name in {"__main__", "__mp_main__", "nbdeploy", "nbdeploy_server"}:
+        return False
+    origin = origin_of(name)
+    if origin is None:
+        return False
+    if any(origin.is_relative_to(place) for place in places):
+        # site-packages may lie inside a project's folder, but never the other way round
+        return False
+    return environment.distribution_of(origin) is None  # editable ones travel as wheels
+
+
+def local_modules(names: Iterable[str]) -> tuple[LocalModule, ...]:
+    """Return the local modules among these module names (their first part counts), and those they import in turn.
+
+    Raises:
+        CannotTravelError: a package folder holds far more than code.
+    """
+    places = installed_places()
+    found: dict[str, LocalModule] = {}
+    todo = sorted({name.partition(".")[0] for name in names})
+    while todo:
+        name = todo.pop()
+        if name in found or not is_local(name, places):
+            continue
+        module = found[name] = _collect(name)
+        for path in module.files.values():
+            if path.suffix == ".py":
+                todo += imports(path)
+    return tuple(found[name] for name in sorted(found))
+
+
+def _collect(name: str) -> LocalModule:
+    origin = origin_of(name)
+    if origin is None:
+        raise CannotTravelError(f"The module {name!r} has no file that could travel.")
+    if origin.name != "__init__.py":
+        return LocalModule(name, {origin.name: origin})
+    folder = origin.parent
+    found = (path for path in walk(folder, _LEFT_OUT) if path.suffix != ".pyc" and path.is_file())
+    files = {f"{name}/{path.relative_to(folder).as_posix()}": path for path in found}
+    module = LocalModule(name, files)
+    if module.bytes > MAX_BYTES:
+        largest = max(files.values(), key=lambda path: path.stat().st_size)
+        raise CannotTravelError(
+            f"The package {name} beside the notebook holds {module.bytes / 1e6:.0f} MB, the largest file is "
+            f"{largest.relative_to(folder)}. Move data out of the package and name it with --file PATH."
+        )
+    return module
+
+
+def imports(path: Path) -> list[str]:
+    """Return the top-level names that a source file imports anywhere in it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return []  # a template or broken file in the package: nothing imports it either
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return sorted(names)

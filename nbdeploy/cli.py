@@ -1,0 +1,397 @@
+"""The command line. Exit status: 0; 1 for a failure told in words; 2 for bad usage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from nbdeploy_server import __version__
+
+from nbdeploy.errors import NbdeployError, UsageError
+
+_NAME = click.argument("name")
+_ENGINE = click.option("--engine", metavar="NAME", help="Engine to look at; default: all that are configured.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turn nbdeploy's errors into one line and the exit status."""
+    try:
+        yield
+    except NbdeployError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells have it
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+
+
+class _Group(click.Group):
+    """A group whose commands tell their errors in words."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _told():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nbdeploy")
+def main() -> None:
+    """Endpoints that notebooks have deployed: look at them, call them, stop them."""
+
+
+def _endpoint(name: str, engine: str | None) -> Any:
+    from nbdeploy.endpoint import connect
+
+    return connect(name, engine=engine)
+
+
+def _echo_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def _state(status: Any, engine: str) -> dict[str, Any]:
+    """Return what `status --json` prints: what the Engine knows, and the Job under way."""
+    from nbdeploy.config import home
+    from nbdeploy.jobs import running_job
+
+    job = running_job(home(), status.name, engine)
+    steps = [event.step for event in job.events()] if job is not None else []
+    worker = job.worker() if job is not None else None
+    row = status.to_json()
+    row["job"] = None
+    if job is not None:
+        row["job"] = {"id": job.id, "step": steps[-1] if steps else "", "pid": worker.pid if worker else 0}
+    return dict(row)
+
+
+@main.command("ls")
+@_ENGINE
+@_JSON
+def list_endpoints(engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
+    """List Endpoints."""
+    from nbdeploy.endpoint import endpoints
+
+    rows = []
+    for endpoint in endpoints(engine):
+        with contextlib.suppress(NbdeployError):  # deleted while we look
+            rows.append(_state(endpoint.status(), endpoint.engine))
+    if as_json:
+        _echo_json(rows)
+        return
+    if not rows:
+        click.echo("No Endpoint yet. In a notebook: %load_ext nbdeploy, then %deploy model predict_fn")
+        return
+    _table(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {"ready": "green", "starting": "yellow", "pending": "yellow", "failed": "red", "idle": "dim"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("NAME", "ENGINE", "PHASE", "REV", "READY", "BUSY", "URL"):
+        table.add_column(title, justify="right" if title in {"REV", "READY", "BUSY"} else "left", overflow="fold")
+    for row in rows:
+        colour = colours.get(row["phase"], "default")
+        table.add_row(
+            row["name"],
+            row["engine"],
+            f"[{colour}]{row['phase']}[/]",
+            str(row["revision"]),
+            f"{row['replicas']['ready']}/{row['replicas']['desired']}",
+            str(row["autoscaling"]["in_flight"]),
+            row["url"],
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=1000)  # a pipe has no width of its own: nothing is cut there
+    console.print(table)
+    for row in rows:
+        if row["reason"]:
+            console.print(f"{row['name']}: {row['reason']}", highlight=False, markup=False, soft_wrap=True)
+        if row["job"]:
+            console.print(
+                f"{row['name']}: a deploy is under way ({row['job']['step']})", highlight=False, soft_wrap=True
+            )
+
+
+@main.command()
+@_NAME
+@_ENGINE
+@_JSON
+def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
+    """Show one Endpoint: phase, reason, Replicas, URL, and the deploy under way."""
+    from nbdeploy.errors import EndpointNotFoundError
+
+    try:
+        endpoint = _endpoint(name, engine)
+        row = _state(endpoint.status(), endpoint.engine)
+    except EndpointNotFoundError:
+        found = _only_a_job(name, engine)
+        if found is None:
+            raise
+        row = found
+    if as_json:
+        _echo_json(row)
+        return
+    lines = [
+        ("phase", f"{row['phase']}{' · ' + row['reason'] if row['reason'] else ''}"),
+        ("url", row["url"]),
+        ("revision", str(row["revision"])),
+        ("replicas", f"{row['replicas']['ready']} of {row['replicas']['desired']} ready"),
+        ("in flight", str(row["autoscaling"]["in_flight"])),
+        ("memory", f"{row['memory_bytes'] / 1e6:.0f} MB" if row["memory_bytes"] else ""),
+        ("key", f"nbdeploy key {name}" if row["key_file"] else "none (public)"),
+        ("notebook", row["notebook"]),
+        ("deploy", f"{row['job']['step']} (job {row['job']['id']})" if row["job"] else ""),
+    ]
+    click.echo(f"{row['name']} · {row['engine']}")
+    for title, value in lines:
+        if value:
+            click.echo(f"  {title:10} {value}")
+
+
+def _only_a_job(name: str, engine: str | None) -> dict[str, Any] | None:
+    """Return the state of an Endpoint whose first deploy has not come as far as its engine."""
+    from nbdeploy.config import home
+    from nbdeploy.jobs import all_jobs
+    from nbdeploy.spec import Phase, Status
+
+    for job in all_jobs(home()):
+        spec = job.spec
+        if spec["name"] != name or engine not in {None, spec["engine"]}:
+            continue
+        events = job.events()
+        last = events[-1] if events else None
+        failed = not job.running()
+        if last is None or (last.ends and last.state == "done"):
+            return None
+        found = Status(
+            name=name,
+            engine=spec["engine"],
+            phase=Phase.FAILED if failed else Phase.PENDING,
+            reason=last.detail or ("the deploy ended without a word" if failed else f"{last.step} …"),
+            owner=spec["owner"],
+            notebook=spec["notebook"],
+        )
+        return _state(found, spec["engine"])
+    return None
+
+
+@main.command()
+@_NAME
+@click.option("-f", "--follow", is_flag=True, help="Go on as lines come.")
+@_ENGINE
+def logs(name: str, follow: bool, engine: str | None) -> None:  # noqa: FBT001 - click passes flags by name
+    """Print what the Replicas printed."""
+    from nbdeploy.endpoint import engine_named
+
+    endpoint = _endpoint(name, engine)
+    for line in engine_named(endpoint.engine).logs(name, follow=follow):
+        click.echo(line)
+
+
+@main.command()
+@_NAME
+@click.argument("arguments", metavar="JSON")
+@_ENGINE
+def call(name: str, arguments: str, engine: str | None) -> None:
+    """Call an Endpoint with a JSON object of arguments ("-" reads it from standard input)."""
+    from nbdeploy_server.wire import to_json
+
+    text = sys.stdin.read() if arguments == "-" else arguments
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"The arguments are not valid JSON: {error}. For example: nbdeploy call {name} '{{\"x\": 1}}'"
+        ) from None
+    if not isinstance(given, dict):
+        raise UsageError("The arguments must be a JSON object, one entry per parameter.")
+    click.echo(to_json(_endpoint(name, engine)(**given)).decode())
+
+
+@main.command()
+@_NAME
+@_ENGINE
+@_JSON
+def metrics(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
+    """Print metrics, summed over Replicas; --json gives them as data."""
+    found = _endpoint(name, engine).metrics()
+    if as_json:
+        _echo_json(found)
+        return
+    for metric, value in found.items():
+        click.echo(f"{metric} {value:g}")
+
+
+@main.command()
+@_NAME
+@_ENGINE
+def stop(name: str, engine: str | None) -> None:
+    """Take all Replicas away; name, key and URL stay."""
+    _endpoint(name, engine).stop()
+    click.echo(f"{name} is stopped. nbdeploy start {name} brings it back.")
+
+
+@main.command()
+@_NAME
+@_ENGINE
+def start(name: str, engine: str | None) -> None:
+    """Bring Replicas back after a stop or a restart of the machine."""
+    found = _endpoint(name, engine).start()
+    click.echo(f"{name} is {found.phase} at {found.url}")
+
+
+@main.command()
+@_NAME
+@_ENGINE
+def cancel(name: str, engine: str | None) -> None:
+    """End the deploy of NAME that is under way; what served before goes on serving."""
+    from nbdeploy.config import home
+    from nbdeploy.jobs import running_job
+
+    job = running_job(home(), name, engine)
+    worker = job.worker() if job is not None else None
+    if job is None or worker is None:
+        click.echo(f"No deploy of {name} is under way.")
+        sys.exit(1)
+    worker.end(30.0)
+    job.record_end("cancelled", "The deploy was cancelled.", "CancelledError")
+    click.echo(f"The deploy of {name} is cancelled.")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="Delete every Endpoint.")
+@_ENGINE
+def delete(name: str | None, everything: bool, engine: str | None) -> None:  # noqa: FBT001 - click passes flags by name
+    """Remove an Endpoint: no process and no file of it is left."""
+    from nbdeploy.endpoint import endpoints
+
+    if (name is None) == (not everything):
+        raise UsageError("Give a NAME, or --all.")
+    found = endpoints(engine) if everything else [_endpoint(str(name), engine)]
+    for endpoint in found:
+        endpoint.delete()
+        click.echo(f"{endpoint.name} is deleted.")
+    if not found:
+        click.echo("There is no Endpoint.")
+
+
+@main.command()
+@_NAME
+@_ENGINE
+def key(name: str, engine: str | None) -> None:
+    """Print the key of an Endpoint."""
+    from nbdeploy.endpoint import engine_named
+    from nbdeploy.engines.base import HasKey
+
+    endpoint = _endpoint(name, engine)
+    found = engine_named(endpoint.engine)
+    text = found.key(name) if isinstance(found, HasKey) else ""
+    if not text:
+        click.echo(f"{name} is public: it has no key.", err=True)
+        sys.exit(1)
+    click.echo(text)
+
+
+@main.command("open")
+@_NAME
+@_ENGINE
+def open_docs(name: str, engine: str | None) -> None:
+    """Open the Endpoint's documentation page in a browser."""
+    url = f"{_endpoint(name, engine).url}/docs"
+    click.echo(url)
+    click.launch(url)
+
+
+@main.command()
+@_JSON
+def doctor(as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
+    """Check what nbdeploy needs on this machine."""
+    rows = [{"check": title, **_checked(check)} for title, check in _CHECKS]
+    if as_json:
+        _echo_json(rows)
+    else:
+        for row in rows:
+            click.echo(f"{'✓' if row['ok'] else '✗'} {row['check']:12} {row['detail']}")
+    if not all(row["ok"] for row in rows):
+        sys.exit(1)
+
+
+def _checked(check: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"ok": True, "detail": check()}
+    except (NbdeployError, OSError, ImportError) as error:
+        return {"ok": False, "detail": str(error)}
+
+
+def _check_python() -> str:
+    return f"{sys.version.split()[0]} at {sys.executable}"
+
+
+def _check_home() -> str:
+    from nbdeploy.config import home
+
+    place = home()
+    probe = place / f".probe-{time.monotonic_ns()}"
+    probe.write_text("", encoding="ascii")
+    probe.unlink()
+    return str(place)
+
+
+def _check_settings() -> str:
+    from nbdeploy.config import settings
+
+    found = settings()
+    return f"default engine {found.default_engine}; engines {', '.join(sorted(found.engines))}"
+
+
+def _check_engines() -> str:
+    from nbdeploy.endpoint import endpoints
+
+    found = endpoints()
+    return f"{len(found)} Endpoint{'s' if len(found) != 1 else ''}"
+
+
+def _check_uv() -> str:
+    import uv
+
+    return str(uv.find_uv_bin())
+
+
+def _check_memory() -> str:
+    import os
+    import shutil
+
+    from nbdeploy.config import home
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free = shutil.disk_usage(home()).free / 2**30
+    return f"{memory:.1f} GiB memory, {free:.1f} GiB free on the disk of the home, {os.cpu_count()} CPUs"
+
+
+_CHECKS: list[tuple[str, Callable[[], str]]] = [
+    ("python", _check_python),
+    ("home", _check_home),
+    ("settings", _check_settings),
+    ("endpoints", _check_engines),
+    ("uv", _check_uv),
+    ("machine", _check_memory),
+]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Endpoint: the handle on something deployed, and how other notebooks find it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from nbdeploy.client import Client
+from nbdeploy.config import Settings, home, settings
+from nbdeploy.engines.base import Engine, HasHistory, HasKey, get_engine
+from nbdeploy.errors import EndpointNotFoundError, EngineError, UsageError
+from nbdeploy.jobs import all_jobs, running_job
+from nbdeploy.spec import Revision, Status
+
+
+class Endpoint:
+    """A deployed model: call it like the function it came from.
+
+    An Endpoint holds a name, an engine and a URL. It can be pickled (so another predict may call it); its key then
+    travels with it.
+    """
+
+    def __init__(
+        self, *, name: str, engine: str, url: str, key: str = "", timeout: float = 60.0, idempotent: bool = False
+    ) -> None:
+        self._name = name
+        self._engine_name = engine
+        self._url = url
+        self._key = key
+        self._timeout = timeout
+        self._idempotent = idempotent
+        self._client: Client | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self._name or self._url} on {self._engine_name or 'elsewhere'}: {self._url}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in {"_client", "_lock"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _client=None, _lock=threading.Lock())
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The Endpoint's name."""
+        return self._name
+
+    @property
+    def url(self) -> str:
+        """The base URL, without /predict."""
+        return self._url
+
+    @property
+    def revision(self) -> int:
+        """Number of the Revision that serves now."""
+        return self.status().revision
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine."""
+        return self._engine_name
+
+    # -- calls --------------------------------------------------------------------------------------------------
+
+    def __call__(self, /, **arguments: Any) -> Any:
+        """Return what predict returns; raises RemoteError and its kinds."""
+        return self._connected().call(arguments)
+
+    def stream(self, /, **arguments: Any) -> Iterator[Any]:
+        """Yield what a generator function yields, as it comes."""
+        return self._connected().stream(arguments)
+
+    def map(self, items: Iterable[Mapping[str, Any]], /, *, concurrency: int | None = None) -> list[Any]:
+        """Call for each dict of arguments; results in order. Concurrency follows the Replicas (twice their number)."""
+        if concurrency is None:
+            concurrency = 2 * max(1, self.status().ready) if self._engine_name else 4
+        return self._connected().map(items, concurrency)
+
+    async def call_async(self, /, **arguments: Any) -> Any:
+        """As a call, for async code."""
+        return await self._connected().call_async(arguments)
+
+    def _connected(self) -> Client:
+        with self._lock:
+            if self._client is None:
+                if not self._url:
+                    raise EngineError(
+                        f"{self._name} has no URL yet: `nbdeploy status {self._name}` tells how far it is."
+                    )
+                self._client = Client(
+                    self._url, self._key or self._find_key(), timeout=self._timeout, idempotent=self._idempotent
+                )
+            return self._client
+
+    def _find_key(self) -> str:
+        if not self._engine_name:
+            return ""
+        engine = self._engine()
+        return engine.key(self._name) if isinstance(engine, HasKey) else ""
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def _engine(self) -> Engine:
+        if not self._engine_name:
+            raise UsageError(
+                f"{self._url} was connected by URL: only calls are possible. connect(NAME) gives one that can do more."
+            )
+        return engine_named(self._engine_name)
+
+    def status(self) -> Status:
+        """Return what the Engine knows of it now."""
+        status = self._engine().status(self._name)
+        if status.url and status.url != self._url:
+            self._url, self._client = status.url, None
+        return status
+
+    def metrics(self) -> dict[str, float]:
+        """Return the sum over Replicas of each metric, by its Prometheus name (histograms as _sum and _count)."""
+        return summed(self._engine().scrape(self._name))
+
+    def logs(self, *, follow: bool = False) -> str | Iterator[str]:
+        """Return what the Replicas printed; with `follow`, an iterator of lines that goes on."""
+        lines = self._engine().logs(self._name, follow=follow)
+        return lines if follow else "\n".join(lines)
+
+    def history(self) -> list[Revision]:
+        """Return its Revisions, oldest first."""
+        engine = self._engine()
+        return engine.revisions(self._name) if isinstance(engine, HasHistory) else []
+
+    def receipt(self) -> dict[str, Any]:
+        """Return the card of its last deploy on this machine as data: what travelled, parity, times."""
+        for job in all_jobs(home()):
+            if job.spec["name"] == self._name and job.spec["engine"] == self._engine_name:
+                done = [event for event in job.events() if event.ends and event.state == "done"]
+                if done:
+                    return dict(done[-1].data["card"])
+        raise EndpointNotFoundError(f"There is no record of a deploy of {self._name!r} on this machine.")
+
+    # -- changes ------------------------------------------------------------------------------------------------
+
+    def scale(self, *, min_replicas: int | None = None, max_replicas: int | None = None) -> Status:
+        """Change the number of Replicas; none is restarted."""
+        last = self._last()
+        before = last.autoscaling
+        autoscaling = dataclasses.replace(
+            before,
+            min_replicas=before.min_replicas if min_replicas is None else min_replicas,
+            max_replicas=before.max_replicas if max_replicas is None else max_replicas,
+        )
+        return self._apply(dataclasses.replace(last, autoscaling=autoscaling))
+
+    def rollback(self, revision: int | None = None) -> Status:
+        """Serve an earlier Revision again, by default the one before; it becomes a new Revision."""
+        history = self.history()
+        current = self._last()
+        if revision is None:
+            others = [one for one in history if one.bundle != current.bundle]
+            if not others:
+                raise UsageError(f"{self._name} has no earlier Revision to go back to.")
+            target = others[-1]
+        else:
+            found = [one for one in history if one.number == revision]
+            if not found:
+                kept = ", ".join(str(one.number) for one in history)
+                raise UsageError(f"{self._name} has no Revision {revision}; kept are {kept}.")
+            target = found[0]
+        return self._apply(dataclasses.replace(target, stopped=False))
+
+    def stop(self) -> Status:
+        """Take all Replicas away; the name, key and URL stay."""
+        return self._apply(dataclasses.replace(self._last(), stopped=True))
+
+    def start(self) -> Status:
+        """Bring the Replicas back after a stop, or after a restart of the machine."""
+        return self._apply(dataclasses.replace(self._last(), stopped=False))
+
+    def delete(self) -> None:
+        """Remove the Endpoint: no process and no file of it is left."""
+        job = running_job(home(), self._name, self._engine_name)
+        worker = job.worker() if job is not None else None
+        if worker is not None:
+            worker.end()
+        self._engine().delete(self._name)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _last(self) -> Revision:
+        history = self.history()
+        if not history:
+            raise EndpointNotFoundError(f"There is no Endpoint {self._name!r}.")
+        return history[-1]
+
+    def _apply(self, revision: Revision) -> Status:
+        number = self._last().number + 1
+        fresh = dataclasses.replace(revision, number=number, created=time.time())
+        status = self._engine().apply(fresh, None, _silent)
+        if status.url != self._url:
+            self._url, self._client = status.url, None
+        return status
+
+
+def _silent(_words: str, _data: Mapping[str, Any]) -> None:
+    """Take progress that nobody watches."""
+
+
+def engine_named(name: str, known: Settings | None = None) -> Engine:
+    """Return the engine of a name in the settings."""
+    known = known or settings()
+    if name not in known.engines:
+        raise UsageError(f"There is no engine {name!r}; there is {', '.join(sorted(known.engines))}.")
+    return get_engine(known.engines[name].kind, home())
+
+
+def _all_engines(engine: str | None) -> Iterator[tuple[str, Engine]]:
+    known = settings()
+    for name in [engine] if engine else known.engines:
+        yield name, engine_named(name, known)
+
+
+def endpoints(engine: str | None = None) -> list[Endpoint]:
+    """Return the Endpoints of one engine, or of all."""
+    found = []
+    for name, one in _all_engines(engine):
+        found += [Endpoint(name=status.name, engine=name, url=status.url) for status in one.list()]
+    return found
+
+
+def connect(
+    name: str | None = None,
+    /,
+    *,
+    url: str | None = None,
+    key: str | None = None,
+    engine: str | None = None,
+    timeout: float = 60.0,
+    idempotent: bool = False,
+) -> Endpoint:
+    """Return an Endpoint by name (of this user on this machine, or of a cluster), or by URL from anywhere.
+
+    Args:
+        name: of the Endpoint.
+        url: its base URL, instead of a name.
+        key: with a URL; default: the variable NBDEPLOY_KEY.
+        engine: where to look, if two engines have the name.
+        timeout: seconds for a call, retries included.
+        idempotent: calls may be sent again after a broken connection.
+
+    Raises:
+        EndpointNotFoundError, UsageError.
+    """
+    if (name is None) == (url is None):
+        raise UsageError('Give a name, connect("sentiment"), or a URL, connect(url="https://…").')
+    if url is not None:
+        base = url.rstrip("/").removesuffix("/predict")
+        key = os.environ.get("NBDEPLOY_KEY", "") if key is None else key
+        return Endpoint(name="", engine="", url=base, key=key, timeout=timeout, idempotent=idempotent)
+    missing: list[EndpointNotFoundError] = []
+    found: list[tuple[str, Status]] = []
+    for engine_name, one in _all_engines(engine):
+        try:
+            found.append((engine_name, one.status(str(name))))
+        except EndpointNotFoundError as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    if len(found) > 1:
+        where = " and ".join(one for one, _ in found)
+        raise UsageError(f"{name!r} exists on {where}. Say which: connect({name!r}, engine={found[0][0]!r})")
+    engine_name, status = found[0]
+    return Endpoint(
+        name=status.name, engine=engine_name, url=status.url, key=key or "", timeout=timeout, idempotent=idempotent
+    )
+
+
+def summed(texts: Mapping[str, str]) -> dict[str, float]:
+    """Add up the metrics of Replicas; labels are kept in the name, buckets are left out."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    total: dict[str, float] = {}
+    for text in texts.values():
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.endswith("_bucket"):
+                    continue
+                labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+                name = sample.name + (f"{{{labels}}}" if labels else "")
+                latest = sample.name.endswith(("_timestamp_seconds", "_ready_seconds", "_loop_lag_seconds"))
+                total[name] = max(total.get(name, 0.0), sample.value) if latest else total.get(name, 0.0) + sample.value
+    return total

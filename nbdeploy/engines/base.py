@@ -1,0 +1,80 @@
+"""The Engine protocol: six methods, synchronous, plain data in and out. A new Engine is one module, one entry point in
+the group "nbdeploy.engines", and passing tests/engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from nbdeploy.bundle import Bundle
+from nbdeploy.errors import UsageError
+from nbdeploy.spec import Revision, Status
+
+OnProgress = Callable[[str, Mapping[str, Any]], None]
+"""Called with words for the user and data ({"bytes", "total"} for long transfers)."""
+
+
+class Engine(Protocol):
+    """Where Replicas run. The Engine is the truth on its Endpoints."""
+
+    name: str
+
+    def apply(self, revision: Revision, bundle: Bundle | None, on_progress: OnProgress) -> Status:
+        """Make the Endpoint `revision.name` serve this Revision; returns once it does.
+
+        Idempotent. Scale, rollback, stop and start are an apply of a new Revision; one that changes only the number
+        of Replicas restarts none. What served before goes on serving until the new Replicas are ready, and for good
+        if they never are.
+
+        Args:
+            revision: what is to be; its number is above every earlier one.
+            bundle: needed unless Replicas of the same Bundle run.
+            on_progress: told what happens meanwhile.
+
+        Raises:
+            EngineError: with the reason and the Replica's last log lines; UsageError for what this Engine cannot do.
+        """
+
+    def status(self, name: str) -> Status:
+        """Return what is known of an Endpoint. Raises EndpointNotFoundError."""
+
+    def scrape(self, name: str) -> dict[str, str]:
+        """Return the Prometheus text of each Replica by its name. Raises EndpointNotFoundError."""
+
+    def logs(self, name: str, *, follow: bool) -> Iterator[str]:
+        """Yield the lines of all Replicas, oldest first, without their newline; with `follow`, until interrupted."""
+
+    def list(self) -> list[Status]:
+        """Return every Endpoint of this Engine."""
+
+    def delete(self, name: str) -> None:
+        """Remove an Endpoint: no process and no object of it is left. Raises EndpointNotFoundError."""
+
+
+@runtime_checkable
+class HasKey(Protocol):
+    """An Engine that keeps keys."""
+
+    def key(self, name: str) -> str:
+        """Return the Endpoint's key, "" where it is public."""
+
+
+@runtime_checkable
+class HasHistory(Protocol):
+    """An Engine that keeps Revisions."""
+
+    def revisions(self, name: str) -> list[Revision]:
+        """Return the Revisions of an Endpoint, oldest first; the last one is what is to be."""
+
+
+def get_engine(kind: str, home: Path, settings: Mapping[str, Any] | None = None) -> Engine:
+    """Return the Engine of a kind ("local", or one that an installed package brings)."""
+    found = {point.name: point for point in entry_points(group="nbdeploy.engines")}
+    if kind not in found:
+        names = ", ".join(sorted(found))
+        raise UsageError(f"There is no engine {kind!r}; there is {names}.")
+    engine: Engine = found[kind].load()(home, **(settings or {}))
+    return engine

@@ -1,0 +1,1 @@
+"""The local engine: one supervisor process per Endpoint, Replicas as its children."""

@@ -1,0 +1,207 @@
+"""Requests to arguments: one decoder per Endpoint, chosen once at load.
+
+msgspec decodes what it knows in one pass. A parameter that needs more (an array with the sample's dtype, a pydantic
+model) is decoded as any JSON first and restored by a converter of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from nbdeploy_server import wire
+from nbdeploy_server.annotations import adapter_for, is_model, is_native
+from nbdeploy_server.errors import RequestError
+from nbdeploy_server.forms import leaf_of
+from nbdeploy_server.signature import Signature
+from nbdeploy_server.values import RESTORE
+
+Converter = Callable[[Any], Any]
+
+
+class Decoder:
+    """Turns request bodies into keyword arguments.
+
+    Raises:
+        RequestError: 422 naming each parameter at fault, or 400 where the body is no JSON or msgpack at all.
+    """
+
+    def __init__(self, signature: Signature, types: dict[str, Any]) -> None:
+        self._signature = signature
+        self._names = tuple(p.name for p in signature.parameters)
+        self._optional = any(not p.required for p in signature.parameters)
+        self._fields: dict[str, Any] = {}
+        self._converters: dict[str, Converter] = {}
+        for parameter in signature.parameters:
+            native, converter = _plan(parameter.form, types.get(parameter.name))
+            self._fields[parameter.name] = native
+            if converter is not None:
+                self._converters[parameter.name] = converter
+        # Fields have neutral names: a parameter may be called anything, `__struct_fields__` included.
+        fields: list[Any] = []
+        for index, parameter in enumerate(signature.parameters):
+            native = self._fields[parameter.name]
+            if parameter.required:
+                fields.append((f"f{index}", native))
+            else:
+                fields.append((f"f{index}", native | msgspec.UnsetType if native is not Any else Any, msgspec.UNSET))
+        self._struct = msgspec.defstruct(
+            "Request",
+            fields,
+            rename={f"f{i}": name for i, name in enumerate(self._names)},
+            forbid_unknown_fields=True,
+            kw_only=True,
+            gc=False,
+        )
+        self._decode = msgspec.json.Decoder(self._struct, dec_hook=_restore).decode
+        self._astuple = msgspec.structs.astuple
+
+    def json(self, body: bytes | bytearray) -> dict[str, Any]:
+        """Decode an application/json body."""
+        if self._signature.extra:
+            return self.message(self._loads(body))
+        try:
+            values = self._astuple(self._decode(body))
+        except (msgspec.ValidationError, ValueError, TypeError):
+            # The slow path says what is wrong with every parameter, not just with the first.
+            return self.message(self._loads(body))
+        arguments = dict(zip(self._names, values, strict=True))
+        if self._optional:
+            arguments = {name: value for name, value in arguments.items() if value is not msgspec.UNSET}
+        return self._convert(arguments) if self._converters else arguments
+
+    @staticmethod
+    def _loads(body: bytes | bytearray) -> Any:
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(400, f"The body is not valid JSON: {error}.") from None
+
+    def packed(self, body: bytes | bytearray) -> dict[str, Any]:
+        """Decode an application/vnd.nbdeploy+msgpack body."""
+        try:
+            value = wire.unpack(bytes(body))
+        except wire.WireError as error:
+            raise RequestError(400, f"The body is not valid msgpack: {error}.") from None
+        return self.message(value)
+
+    def message(self, value: Any) -> dict[str, Any]:
+        """Check and restore arguments that are Python objects already."""
+        if not isinstance(value, dict):
+            raise RequestError(422, f"The body must be an object with {self._wanted()}, not {_kind(value)}.")
+        errors: list[dict[str, str]] = []
+        arguments: dict[str, Any] = {}
+        for parameter in self._signature.parameters:
+            if parameter.name not in value:
+                if parameter.required:
+                    errors.append({"parameter": parameter.name, "message": "is missing"})
+                continue
+            try:
+                arguments[parameter.name] = self._one(parameter.name, value[parameter.name])
+            except (ValueError, TypeError, RecursionError) as error:
+                errors.append({"parameter": parameter.name, "message": _plain(error)})
+        for name in value:
+            if name in self._fields:
+                continue
+            if self._signature.extra and isinstance(name, str):
+                arguments[name] = value[name]
+            else:
+                errors.append({"parameter": str(name), "message": f"is not known; there is {self._wanted()}"})
+        if errors:
+            first = errors[0]
+            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+            raise RequestError(422, f"{first['parameter']} {first['message']}{more}.", errors=tuple(errors))
+        return arguments
+
+    def _one(self, name: str, value: Any) -> Any:
+        native, converter = self._fields[name], self._converters.get(name)
+        if native is not Any:
+            value = msgspec.convert(value, native, dec_hook=_restore, builtin_types=_kept(value))
+        return converter(value) if converter else value
+
+    def _convert(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        errors = []
+        for name, converter in self._converters.items():
+            if name in arguments:
+                try:
+                    arguments[name] = converter(arguments[name])
+                except (ValueError, TypeError, RecursionError) as error:
+                    errors.append({"parameter": name, "message": _plain(error)})
+        if errors:
+            raise RequestError(422, f"{errors[0]['parameter']} {errors[0]['message']}.", errors=tuple(errors))
+        return arguments
+
+    def _wanted(self) -> str:
+        names = [p.name if p.required else f"{p.name} (optional)" for p in self._signature.parameters]
+        return ", ".join(names) if names else "no parameter"
+
+
+def _kept(value: Any) -> tuple[type, ...]:
+    """Bytes from msgpack are bytes already, not base64 text."""
+    return (bytes, bytearray) if isinstance(value, (bytes, bytearray)) else ()
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
+
+
+def _plain(error: Exception) -> str:
+    """Say what is wrong with a value without showing the value."""
+    if hasattr(error, "errors") and callable(error.errors):  # pydantic
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}" if where else str(first["msg"])
+    text = str(error).replace("Expected `", "must be `").replace("Object missing", "object misses")
+    return text if text.startswith("must") else f"does not fit: {text}"
+
+
+def _plan(form: dict[str, Any], annotation: Any) -> tuple[Any, Converter | None]:
+    """Choose how a parameter is decoded: the type for msgspec, and what restores the value after it."""
+    kind = form["type"]
+    if kind == "annotation":
+        if annotation is None or annotation is Any:
+            return Any, None
+        if is_native(annotation):
+            return annotation, None
+        adapter = adapter_for(annotation)
+        return Any, adapter.validate_python if adapter is not None else None
+    if kind in _PLAIN:
+        return _PLAIN[kind], None
+    if kind in {"list", "tuple"}:
+        items, converter = _plan(form["items"], None)
+        if converter is None:
+            return (list[items] if kind == "list" else tuple[items, ...]), None  # type: ignore[valid-type] # run-time
+        return Any, None
+    if kind in RESTORE:
+        return Any, functools.partial(RESTORE[kind], form=form)
+    return Any, None
+
+
+_PLAIN: dict[str, Any] = {
+    "boolean": bool,
+    "string": str,
+    "number": int | float,
+    "bytes": bytes,
+    "object": dict[str, Any],
+    "set": set,
+}
+
+
+@functools.lru_cache(maxsize=256)
+def _model_adapter(cls: Any) -> Any:
+    return adapter_for(cls)
+
+
+def _restore(cls: Any, value: Any) -> Any:
+    """Msgspec's hook for types that it does not know."""
+    if isinstance(value, cls):
+        return value
+    form = leaf_of(cls)
+    if form is not None:
+        return RESTORE[form](value, form={"type": form})
+    if is_model(cls):
+        return _model_adapter(cls).validate_python(value)
+    raise NotImplementedError(f"{cls!r} cannot be decoded")

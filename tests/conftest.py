@@ -1,0 +1,166 @@
+"""Fixtures that every test may use: a home of its own, kernels, and a way to wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from nbdeploy.endpoint import endpoints
+from nbdeploy.jobs import all_jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+DEADLINE = 60.0  # seconds that anything may take on a busy machine
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
+    """Return the condition's first true value; fail after the deadline."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    pytest.fail(f"waited {seconds:.0f} s in vain for {getattr(condition, '__name__', condition)}")
+
+
+def leftovers(home: Path) -> list[str]:
+    """Name processes that were started for this home and still run."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            link = os.readlink(f"/proc/{entry}/cwd")
+            with open(f"/proc/{entry}/stat", encoding="utf-8") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if link.startswith(str(home)) and state != "Z":
+            found.append(f"{entry} in {link}")
+    return found
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home of its own; at the end every Endpoint is deleted, and no process may be left."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("NBDEPLOY_HOME", str(folder))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    yield folder
+    for job in all_jobs(folder):
+        worker = job.worker()
+        if worker is not None:
+            worker.end()
+    for endpoint in endpoints("local"):
+        endpoint.delete()
+    wait_until(lambda: not leftovers(folder), 15.0)
+    left = sorted((folder / "endpoints").glob("*")) if (folder / "endpoints").is_dir() else []
+    assert left == []
+
+
+class Kernel:
+    """A real IPython kernel."""
+
+    def __init__(self, manager: Any, client: Any) -> None:
+        self.manager = manager
+        self.client = client
+
+    def run(self, code: str, seconds: float = 120.0) -> Output:
+        """Run a cell and return what it gave."""
+        output = Output()
+        reply = self.client.execute_interactive(
+            code, allow_stdin=False, timeout=seconds, output_hook=output.take, stop_on_error=False
+        )
+        output.status = reply["content"]["status"]
+        return output
+
+
+class Output:
+    """What a cell gave: texts, mime bundles, the error."""
+
+    def __init__(self) -> None:
+        self.status = ""
+        self.stream = ""
+        self.bundles: list[dict[str, Any]] = []
+        self.error = ""
+        self.traceback: list[str] = []
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Collect one message."""
+        kind, content = message["msg_type"], message["content"]
+        if kind == "stream":
+            self.stream += content["text"]
+        elif kind in {"display_data", "execute_result", "update_display_data"}:
+            self.bundles.append(content["data"])
+        elif kind == "error":
+            self.error = f"{content['ename']}: {content['evalue']}"
+            self.traceback = content["traceback"]
+
+    @property
+    def text(self) -> str:
+        """Everything as text."""
+        shown = [str(bundle.get("text/plain", "")) for bundle in self.bundles]
+        return "\n".join([self.stream, *shown, self.error])
+
+    @property
+    def html(self) -> str:
+        """The last HTML."""
+        return next((str(one["text/html"]) for one in reversed(self.bundles) if "text/html" in one), "")
+
+
+@pytest.fixture
+def kernelspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A kernel specification for this interpreter; returns its name."""
+    folder = tmp_path / "jupyter" / "kernels" / "nbdeploy-test"
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {
+        "argv": argv,
+        "display_name": "test",
+        "language": "python",
+        "env": {"IPYTHONDIR": str(tmp_path / "ipython")},
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    return "nbdeploy-test"
+
+
+@pytest.fixture
+def start_kernel(home: Path, kernelspec: str, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
+    """Start kernels in a folder of the test's; all are ended with the test."""
+    from jupyter_client.manager import KernelManager
+
+    running: list[Kernel] = []
+
+    def start(folder: Path | None = None, **environment: str) -> Kernel:
+        folder = folder or tmp_path / "notebooks"
+        folder.mkdir(exist_ok=True)
+        manager = KernelManager(kernel_name=kernelspec)
+        manager.start_kernel(cwd=str(folder), env={**os.environ, **environment})
+        client = manager.client()
+        client.start_channels()
+        client.wait_for_ready(timeout=DEADLINE)
+        kernel = Kernel(manager, client)
+        running.append(kernel)
+        return kernel
+
+    yield start
+    for kernel in running:
+        kernel.client.stop_channels()
+        if kernel.manager.is_alive():
+            kernel.manager.shutdown_kernel(now=True)
+        kernel.manager.cleanup_resources()
+
+
+@pytest.fixture
+def kernel(start_kernel: Callable[..., Kernel]) -> Kernel:
+    """One kernel."""
+    return start_kernel()
