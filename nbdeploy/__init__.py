@@ -5,6 +5,7 @@ Importing this package is cheap: every public name is loaded at its first use.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from nbdeploy_server import __version__ as __version__
@@ -52,7 +53,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    module = import_module(f"{__name__}.{home}")
+    if name == "deploy" and "IPython" in sys.modules:
+        from nbdeploy.notebook.progress import Progress, in_notebook
+
+        if in_notebook():
+            module.default_watch = Progress  # type: ignore[attr-defined] # the module is known by its name only
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
-
 from nbdeploy_server import __version__
 
 from nbdeploy.errors import NbdeployError, UsageError
@@ -257,6 +256,45 @@ def start(name: str, engine: str | None) -> None:
 
 @main.command()
 @_NAME
+@click.option("--min", "at_least", type=int, metavar="N", help="Fewest Replicas.")
+@click.option("--max", "at_most", type=int, metavar="N", help="Most Replicas.")
+@_ENGINE
+def scale(name: str, at_least: int | None, at_most: int | None, engine: str | None) -> None:
+    """Change the number of Replicas; none is restarted."""
+    if at_least is None and at_most is None:
+        raise UsageError(f"Give --min, --max or both, for example: nbdeploy scale {name} --min 2 --max 2")
+    found = _endpoint(name, engine).scale(min_replicas=at_least, max_replicas=at_most)
+    click.echo(f"{name}: {found.ready} of {found.desired} Replicas ready")
+
+
+@main.command()
+@_NAME
+@_ENGINE
+@_JSON
+def history(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
+    """List the Revisions that are kept, oldest first."""
+    rows = [revision.to_json() for revision in _endpoint(name, engine).history()]
+    if as_json:
+        _echo_json(rows)
+        return
+    for row in rows:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        what = "stopped" if row["stopped"] else row["bundle"][:19]  # sha256: and 12 digits
+        click.echo(f"{row['number']:>4}  {when}  {what}  {row['owner']}  {row['notebook']}".rstrip())
+
+
+@main.command()
+@_NAME
+@click.argument("revision", type=int, required=False)
+@_ENGINE
+def rollback(name: str, revision: int | None, engine: str | None) -> None:
+    """Serve an earlier REVISION again; default: the one before."""
+    found = _endpoint(name, engine).rollback(revision)
+    click.echo(f"{name} serves revision {found.revision}, made of an earlier one, at {found.url}")
+
+
+@main.command()
+@_NAME
 @_ENGINE
 def cancel(name: str, engine: str | None) -> None:
     """End the deploy of NAME that is under way; what served before goes on serving."""
@@ -264,12 +302,13 @@ def cancel(name: str, engine: str | None) -> None:
     from nbdeploy.jobs import running_job
 
     job = running_job(home(), name, engine)
-    worker = job.worker() if job is not None else None
-    if job is None or worker is None:
-        click.echo(f"No deploy of {name} is under way.")
+    if job is None:
+        click.echo(f"No deploy of {name} is under way.", err=True)
         sys.exit(1)
-    worker.end(30.0)
-    job.record_end("cancelled", "The deploy was cancelled.", "CancelledError")
+    job.cancel()
+    if any(event.ends and event.state == "done" for event in job.events()):
+        click.echo(f"The deploy of {name} was done before it could be cancelled.", err=True)
+        sys.exit(1)
     click.echo(f"The deploy of {name} is cancelled.")
 
 
@@ -283,12 +322,28 @@ def delete(name: str | None, everything: bool, engine: str | None) -> None:  # n
 
     if (name is None) == (not everything):
         raise UsageError("Give a NAME, or --all.")
-    found = endpoints(engine) if everything else [_endpoint(str(name), engine)]
+    found = endpoints(engine) if everything else [_deployed_or_under_way(str(name), engine)]
     for endpoint in found:
         endpoint.delete()
         click.echo(f"{endpoint.name} is deleted.")
     if not found:
         click.echo("There is no Endpoint.")
+
+
+def _deployed_or_under_way(name: str, engine: str | None) -> Any:
+    """Return an Endpoint also where only its first deploy is under way."""
+    from nbdeploy.config import home
+    from nbdeploy.endpoint import Endpoint
+    from nbdeploy.errors import EndpointNotFoundError
+    from nbdeploy.jobs import running_job
+
+    try:
+        return _endpoint(name, engine)
+    except EndpointNotFoundError:
+        job = running_job(home(), name, engine)
+        if job is None:
+            raise
+        return Endpoint(name=name, engine=job.spec["engine"], url="")
 
 
 @main.command()

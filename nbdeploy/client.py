@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT = 60.0  # seconds for a call, retries included
+LOCAL_PATIENCE = 3.0  # seconds to ask a port of this machine that refuses: it is restarting, or it is stopped
+OK, BUSY_STARTING = 200, 503
 _RETRY = 0.1  # seconds before the first retry, doubled each time up to a second
 _STREAM = wire.CONTENT_TYPE + "-seq"
 _ITEM, _ERROR = 0, 1
@@ -27,17 +30,15 @@ class Client:
     unless `idempotent`: predict may have run.
     """
 
-    def __init__(
-        self, url: str, key: str = "", *, timeout: float = TIMEOUT, streams: bool = False, idempotent: bool = False
-    ) -> None:
+    def __init__(self, url: str, key: str = "", *, timeout: float = TIMEOUT, idempotent: bool = False) -> None:
         self.url = url.rstrip("/")
-        self.streams = streams
-        self._timeout = timeout
-        self._idempotent = idempotent
+        self.timeout = timeout
+        self.idempotent = idempotent
         self._headers = {"content-type": wire.CONTENT_TYPE, "accept": wire.CONTENT_TYPE}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
         self._sync: httpx.Client | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -47,19 +48,19 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        if self._sync is not None:
-            self._sync.close()
-            self._sync = None
+        with self._lock:
+            if self._sync is not None:
+                self._sync.close()
+                self._sync = None
 
     def _http(self) -> httpx.Client:
-        if self._sync is None:
-            import httpx
+        with self._lock:
+            if self._sync is None:
+                import httpx
 
-            # trust_env off: a proxy of the environment must not see calls to this machine
-            self._sync = httpx.Client(
-                headers=self._headers, timeout=self._timeout, trust_env=not _is_local(self.url), limits=_limits()
-            )
-        return self._sync
+                # trust_env off: a proxy of the environment must not see calls to this machine
+                self._sync = httpx.Client(headers=self._headers, trust_env=not _is_local(self.url), limits=_limits())
+            return self._sync
 
     # -- one call -----------------------------------------------------------------------------------------------
 
@@ -72,24 +73,17 @@ class Client:
         import httpx
 
         body = _pack(arguments)
-        limit = time.monotonic() + self._timeout
-        pause = _RETRY
+        tries = _Tries(self)
         while True:
             try:
-                response = self._http().post(f"{self.url}/predict", content=body)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if time.monotonic() + pause > limit or not _is_worth_a_retry(error, self.url):
-                    raise self._unreachable(error) from None
-            except httpx.TimeoutException:
-                raise RemoteError(f"{self.url} did not answer within {self._timeout:g} s.", status=504) from None
+                response = self._http().post(f"{self.url}/predict", content=body, timeout=tries.left)
             except httpx.TransportError as error:
-                if not self._idempotent or time.monotonic() + pause > limit:
-                    raise self._cut(error) from None
+                pause = tries.after(error)
             else:
-                if response.status_code != 503 or time.monotonic() + pause > limit:  # noqa: PLR2004 - the HTTP status
+                if response.status_code != BUSY_STARTING or tries.over:
                     return _result(response.status_code, response.content, response.headers.get("content-type", ""))
+                pause = tries.pause()
             time.sleep(pause)
-            pause = min(1.0, pause * 2)
 
     async def call_async(self, arguments: Mapping[str, Any]) -> Any:
         """As `call`, for async code."""
@@ -98,43 +92,32 @@ class Client:
         import httpx
 
         body = _pack(arguments)
-        limit = time.monotonic() + self._timeout
-        pause = _RETRY
-        async with httpx.AsyncClient(
-            headers=self._headers, timeout=self._timeout, trust_env=not _is_local(self.url)
-        ) as client:
+        tries = _Tries(self)
+        async with httpx.AsyncClient(headers=self._headers, trust_env=not _is_local(self.url)) as client:
             while True:
                 try:
-                    response = await client.post(f"{self.url}/predict", content=body)
-                except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                    if time.monotonic() + pause > limit or not _is_worth_a_retry(error, self.url):
-                        raise self._unreachable(error) from None
-                except httpx.TimeoutException:
-                    raise RemoteError(f"{self.url} did not answer within {self._timeout:g} s.", status=504) from None
+                    response = await client.post(f"{self.url}/predict", content=body, timeout=tries.left)
                 except httpx.TransportError as error:
-                    if not self._idempotent or time.monotonic() + pause > limit:
-                        raise self._cut(error) from None
+                    pause = tries.after(error)
                 else:
-                    if response.status_code != 503 or time.monotonic() + pause > limit:  # noqa: PLR2004 - the HTTP status
+                    if response.status_code != BUSY_STARTING or tries.over:
                         return _result(response.status_code, response.content, response.headers.get("content-type", ""))
+                    pause = tries.pause()
                 await asyncio.sleep(pause)
-                pause = min(1.0, pause * 2)
 
     def map(self, items: Iterable[Mapping[str, Any]], concurrency: int) -> list[Any]:
         """Call for each item, `concurrency` at once; results in order. A full queue is waited for."""
         from concurrent.futures import ThreadPoolExecutor
 
         def one(arguments: Mapping[str, Any]) -> Any:
-            limit = time.monotonic() + self._timeout
-            pause = _RETRY
+            tries = _Tries(self)
             while True:
                 try:
                     return self.call(arguments)
                 except BusyError:
-                    if time.monotonic() + pause > limit:
+                    if tries.over:
                         raise
-                time.sleep(pause)
-                pause = min(1.0, pause * 2)
+                time.sleep(tries.pause())
 
         with ThreadPoolExecutor(max(1, concurrency)) as pool:
             return list(pool.map(one, items))
@@ -142,37 +125,110 @@ class Client:
     # -- streams ------------------------------------------------------------------------------------------------
 
     def stream(self, arguments: Mapping[str, Any]) -> Iterator[Any]:
-        """Yield what a generator yields, as it comes."""
+        """Yield what a generator yields, as it comes; the timeout is that of each wait for an item.
+
+        Raises:
+            RemoteError and its kinds; UnreachableError where the stream broke off. It is tried again only as long as
+            nothing has come.
+        """
+        body = _pack(arguments)
+        tries = _Tries(self)
+        while True:
+            begun = False
+            try:
+                for item in self._items(body, tries):
+                    begun = True
+                    yield item
+            except _NotNowError:
+                pause = tries.pause()
+            except _TransportError as error:
+                pause = tries.after(error.cause, again=not begun)
+            else:
+                return
+            time.sleep(pause)
+
+    def _items(self, body: bytes, tries: _Tries) -> Iterator[Any]:
         import httpx
 
+        head = {"accept": _STREAM}
         try:
             with self._http().stream(
-                "POST", f"{self.url}/predict", content=_pack(arguments), headers={"accept": _STREAM}
+                "POST", f"{self.url}/predict", content=body, headers=head, timeout=self.timeout
             ) as response:
                 kind = response.headers.get("content-type", "")
-                if response.status_code != 200 or not kind.startswith(_STREAM):  # noqa: PLR2004 - the HTTP status
+                if response.status_code == BUSY_STARTING and not tries.over:
+                    raise _NotNowError
+                if response.status_code != OK or not kind.startswith(_STREAM):
                     value = _result(response.status_code, response.read(), kind)
                     yield from value if isinstance(value, list) else [value]
                     return
                 yield from _frames(response.iter_raw())
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._unreachable(error) from None
         except httpx.TransportError as error:
-            raise self._cut(error) from None
+            raise _TransportError(error) from None
 
-    # -- words --------------------------------------------------------------------------------------------------
 
-    def _unreachable(self, error: Exception) -> UnreachableError:
-        return UnreachableError(
-            f"{self.url} cannot be reached ({error}). `nbdeploy ls` shows what runs; a stopped Endpoint starts with "
-            "`nbdeploy start NAME`."
-        )
+class _NotNowError(Exception):
+    """The Endpoint answered 503."""
 
-    def _cut(self, error: Exception) -> UnreachableError:
-        return UnreachableError(
-            f"The connection to {self.url} broke before the answer came ({error or type(error).__name__}). predict may "
-            "have run; connect(..., idempotent=True) lets the client ask again."
-        )
+
+class _TransportError(Exception):
+    """httpx's error, told apart from what the reader of the items raises into the generator."""
+
+    def __init__(self, cause: httpx.TransportError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _Tries:
+    """How often one call may still be tried, and the words where it may not."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._began = time.monotonic()
+        self._pause = _RETRY
+
+    @property
+    def left(self) -> float:
+        """Seconds of the timeout that are left, enough for one last try."""
+        return max(0.05, self._began + self._client.timeout - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no time for a pause and another try."""
+        return time.monotonic() + self._pause > self._began + self._client.timeout
+
+    def pause(self) -> float:
+        """Return the seconds to wait before the next try."""
+        pause, self._pause = self._pause, min(1.0, self._pause * 2)
+        return pause
+
+    def after(self, error: httpx.TransportError, *, again: bool = True) -> float:
+        """Return the pause before the next try after this error, or raise what the caller shall see."""
+        import httpx
+
+        url = self._client.url
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            if self.over or not self._may_change(error):
+                raise UnreachableError(
+                    f"{url} cannot be reached ({error}). `nbdeploy ls` shows what runs; a stopped Endpoint starts with "
+                    "`nbdeploy start NAME`."
+                ) from None
+        elif isinstance(error, httpx.TimeoutException):
+            raise RemoteError(f"{url} did not answer within {self._client.timeout:g} s.", status=504) from None
+        elif not (again and self._client.idempotent) or self.over:
+            raise UnreachableError(
+                f"The connection to {url} broke before the answer came ({str(error) or type(error).__name__}). predict "
+                "may have run; connect(..., idempotent=True) lets the client ask again."
+            ) from None
+        return self.pause()
+
+    def _may_change(self, error: Exception) -> bool:
+        """A name that does not resolve stays so; a port of this machine without a listener gets one soon or never."""
+        text = str(error).lower()
+        if "name or service" in text or "nodename" in text:
+            return False
+        refused_here = "refused" in text and _is_local(self._client.url)
+        return not refused_here or time.monotonic() - self._began < LOCAL_PATIENCE
 
 
 def _limits() -> httpx.Limits:
@@ -183,13 +239,9 @@ def _limits() -> httpx.Limits:
 
 
 def _is_local(url: str) -> bool:
-    return url.startswith(("http://127.0.0.1", "http://localhost", "http://[::1]"))
+    from urllib.parse import urlsplit
 
-
-def _is_worth_a_retry(error: Exception, url: str) -> bool:
-    """A name that does not resolve, or a port of this machine that nobody listens on, will not change in a minute."""
-    text = str(error).lower()
-    return not ("name or service" in text or "nodename" in text or ("refused" in text and _is_local(url)))
+    return urlsplit(url).hostname in {"127.0.0.1", "localhost", "::1"}
 
 
 def _pack(arguments: Mapping[str, Any]) -> bytes:
@@ -200,7 +252,7 @@ def _pack(arguments: Mapping[str, Any]) -> bytes:
 
 
 def _result(status: int, content: bytes, kind: str) -> Any:
-    if status == 200:  # noqa: PLR2004 - the HTTP status
+    if status == OK:
         try:
             return wire.unpack(content) if kind.startswith(wire.CONTENT_TYPE) else json.loads(content)
         except ValueError as error:

@@ -14,6 +14,7 @@ import pickle
 import sys
 import threading
 import time
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,7 @@ _CHANGED = (
     "arrays; wait until it is done, or stop it, and deploy again"
 )
 _MAIN = {"__main__", "__mp_main__"}
+_NAMESPACE = ("__package__", "__name__", "__path__")  # what relative imports inside a function need
 _BY_NAME = ("an object that Python only stores by its name in the notebook", culprit.SETUP)
 
 
@@ -142,6 +144,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         reduced = self._graph.reduce(obj)
         return super().reducer_override(obj) if reduced is NotImplemented else reduced
 
+    def _function_getnewargs(self, function: types.FunctionType) -> Any:
+        return _new_arguments(self, function)
+
+
+def _new_arguments(pickler: Any, function: types.FunctionType) -> Any:
+    """As cloudpickle does, but without `__file__`: it says where somebody's Python lives, and nothing needs it."""
+    names = {name: function.__globals__[name] for name in _NAMESPACE if name in function.__globals__}
+    pickler.globals_ref.setdefault(id(function.__globals__), names)
+    return cloudpickle.Pickler._function_getnewargs(pickler, function)  # noqa: SLF001 - the rest of it
+
 
 _PythonPickler: Any = pickle._Pickler  # noqa: SLF001 - the pickler in Python, which typeshed does not know
 
@@ -151,9 +163,9 @@ class _Tracer(_PythonPickler):  # type: ignore[misc] # as the line above
 
     dispatch_table = cloudpickle.Pickler.dispatch_table
     _function_reduce = cloudpickle.Pickler._function_reduce  # noqa: SLF001 - the two picklers must reduce alike
-    _function_getnewargs = cloudpickle.Pickler._function_getnewargs  # noqa: SLF001 - as above
     _dynamic_function_reduce = cloudpickle.Pickler._dynamic_function_reduce  # noqa: SLF001 - as above
     _by_cloudpickle = cloudpickle.Pickler.reducer_override
+    _function_getnewargs = _new_arguments
 
     def __init__(self, out: Any, graph: Graph) -> None:
         super().__init__(out, protocol=5)

@@ -28,6 +28,10 @@ from nbdeploy.store import Store
 OnEvent = Callable[[Event], None]
 
 
+default_watch: Callable[[str, str], OnEvent] | None = None
+"""Makes an on_event of an Endpoint's name and engine where a caller gives none; set in notebooks, to show progress."""
+
+
 @dataclass(frozen=True)
 class Context:
     """Where a deploy comes from.
@@ -148,6 +152,8 @@ def deploy(
         secrets=tuple(row.partition("=")[0] for row in secrets),
         pass_model=pass_model,
     )
+    if on_event is None and default_watch is not None:
+        on_event = default_watch(options.name, options.engine)
     job = _begin(request, options, known, on_event)
     endpoint = Endpoint(name=options.name, engine=options.engine, url="")
     if wait:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 from nbdeploy.client import Client
 from nbdeploy.config import Settings, home, settings
 from nbdeploy.engines.base import Engine, HasHistory, HasKey, get_engine
-from nbdeploy.errors import EndpointNotFoundError, EngineError, UsageError
+from nbdeploy.errors import EndpointNotFoundError, EngineError, NbdeployError, UsageError
 from nbdeploy.jobs import all_jobs, running_job
 from nbdeploy.spec import Revision, Status
 
@@ -40,7 +41,13 @@ class Endpoint:
         return f"<Endpoint {self._name or self._url} on {self._engine_name or 'elsewhere'}: {self._url}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in {"_client", "_lock"}}
+        state = {name: value for name, value in self.__dict__.items() if name not in {"_client", "_lock"}}
+        if not state["_key"]:
+            with contextlib.suppress(
+                NbdeployError
+            ):  # its engine is out of reach from here
+                state["_key"] = self._find_key()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _client=None, _lock=threading.Lock())
@@ -80,7 +87,9 @@ class Endpoint:
     def map(self, items: Iterable[Mapping[str, Any]], /, *, concurrency: int | None = None) -> list[Any]:
         """Call for each dict of arguments; results in order. Concurrency follows the Replicas (twice their number)."""
         if concurrency is None:
-            concurrency = 2 * max(1, self.status().ready) if self._engine_name else 4
+            concurrency = 4
+            with contextlib.suppress(NbdeployError):  # connected by URL, or its engine is out of reach
+                concurrency = 2 * max(1, self.status().ready)
         return self._connected().map(items, concurrency)
 
     async def call_async(self, /, **arguments: Any) -> Any:
@@ -88,6 +97,8 @@ class Endpoint:
         return await self._connected().call_async(arguments)
 
     def _connected(self) -> Client:
+        if not self._url and self._engine_name:
+            self.status()  # a deploy that nobody waited for has come to its URL meanwhile
         with self._lock:
             if self._client is None:
                 if not self._url:
@@ -117,9 +128,20 @@ class Endpoint:
     def status(self) -> Status:
         """Return what the Engine knows of it now."""
         status = self._engine().status(self._name)
-        if status.url and status.url != self._url:
-            self._url, self._client = status.url, None
+        self._moved(status)
         return status
+
+    def _moved(self, status: Status) -> None:
+        """Go to another URL if there is one now."""
+        if status.url and status.url != self._url:
+            self._disconnect()
+            self._url = status.url
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
 
     def metrics(self) -> dict[str, float]:
         """Return the sum over Replicas of each metric, by its Prometheus name (histograms as _sum and _count)."""
@@ -140,7 +162,7 @@ class Endpoint:
         for job in all_jobs(home()):
             if job.spec["name"] == self._name and job.spec["engine"] == self._engine_name:
                 done = [event for event in job.events() if event.ends and event.state == "done"]
-                if done:
+                if done and not done[-1].data["card"]["dry_run"]:
                     return dict(done[-1].data["card"])
         raise EndpointNotFoundError(f"There is no record of a deploy of {self._name!r} on this machine.")
 
@@ -184,14 +206,16 @@ class Endpoint:
 
     def delete(self) -> None:
         """Remove the Endpoint: no process and no file of it is left."""
+        engine = self._engine()
         job = running_job(home(), self._name, self._engine_name)
-        worker = job.worker() if job is not None else None
-        if worker is not None:
-            worker.end()
-        self._engine().delete(self._name)
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        if job is not None:
+            job.cancel()
+        try:
+            engine.delete(self._name)
+        except EndpointNotFoundError:
+            if job is None:  # else its first deploy was under way, and that is undone
+                raise
+        self._disconnect()
 
     def _last(self) -> Revision:
         history = self.history()
@@ -203,8 +227,7 @@ class Endpoint:
         number = self._last().number + 1
         fresh = dataclasses.replace(revision, number=number, created=time.time())
         status = self._engine().apply(fresh, None, _silent)
-        if status.url != self._url:
-            self._url, self._client = status.url, None
+        self._moved(status)
         return status
 
 
@@ -223,7 +246,11 @@ def engine_named(name: str, known: Settings | None = None) -> Engine:
 def _all_engines(engine: str | None) -> Iterator[tuple[str, Engine]]:
     known = settings()
     for name in [engine] if engine else known.engines:
-        yield name, engine_named(name, known)
+        try:
+            yield name, engine_named(name, known)
+        except UsageError:
+            if engine or name == "local":
+                raise  # else: the settings name an engine that this installation lacks; the others are still of use
 
 
 def endpoints(engine: str | None = None) -> list[Endpoint]:

@@ -20,6 +20,7 @@ import sys
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -194,8 +195,9 @@ class Graph:
             if step.opname == "IMPORT_NAME" and before[0] == 0:
                 self.modules.add(str(step.argval).partition(".")[0])
             before = [before[1], step.argval]
-        name = self._cell(code.co_filename)
-        return NotImplemented if name is None else _PICKLE._code_reduce(code.replace(co_filename=name))  # noqa: SLF001 - as above
+        # Code that is no cell keeps the name of its file, not the folder: that says where somebody's Python lives.
+        name = self._cell(code.co_filename) or PurePath(code.co_filename).name
+        return _PICKLE._code_reduce(code.replace(co_filename=name))  # noqa: SLF001 - as above
 
     def _cell(self, filename: str) -> str | None:
         """Return the name under which a cell's source travels; None where it is no cell or its source is unknown."""

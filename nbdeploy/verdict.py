@@ -101,7 +101,7 @@ def judge(report: Mapping[str, Any], *, has_sample: bool, second: Mapping[str, A
             "the items come in another order in each process: predict iterates over a set, whose order depends on the "
             "hash seed (sort it to have one order)"
             if order
-            else "the answer changes from process to process: it depends on the hash seed, the time or the process itself"
+            else "the answer changes from process to process: it depends on the hash seed, the time or the process"
         )
         return Verdict(
             "differs in order" if order else "not deterministic", places=("live", "clean process"), note=words

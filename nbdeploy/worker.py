@@ -51,7 +51,7 @@ def main(argument: dict[str, Any]) -> None:
         signal.signal(signal.SIGTERM, _cancel)
         job.record_worker(Identity.of(os.getpid()))  # from here on it can be cancelled
         card = Work(job, journal).run()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # too late to cancel: it serves, and was proved
+        signal.signal(signal.SIGTERM, _too_late)  # it serves, and was proved
         journal.write("job", "done", card=card)
     except CancelledError:
         journal.write("job", "cancelled", "The deploy was cancelled.", error="CancelledError")
@@ -69,18 +69,22 @@ def main(argument: dict[str, Any]) -> None:
 
 
 def _cancel(_signal: int, _frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what is being undone must not be interrupted again
+    signal.signal(signal.SIGTERM, _too_late)  # once: what is being undone must not be interrupted again
     raise CancelledError("The deploy was cancelled.")
+
+
+def _too_late(_signal: int, _frame: object) -> None:
+    """Ignore a cancel. Not SIG_IGN: processes started meanwhile would inherit that."""
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold a cancel back: what undoes a deploy must run to its end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """Let a cancel come too late: what undoes a deploy must run to its end."""
+    before = signal.signal(signal.SIGTERM, _too_late)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 class Work:
@@ -124,7 +128,8 @@ class Work:
         if theirs != mine and not self._spec["replace"] and not self._spec["dry_run"]:
             whose = f"{status.notebook or 'a script'} of {status.owner or 'somebody'}"
             raise OwnershipError(
-                f"The name {status.name!r} belongs to {whose}. Choose another with --name, or take it over with --replace."
+                f"The name {status.name!r} belongs to {whose}. Choose another with --name, or take it over with "
+                "--replace."
             )
 
     def _lock(self) -> list[dict[str, Any]]:
@@ -272,7 +277,7 @@ class Work:
         self._journal.write("ready", "running", "asking through the URL")
         key = self._engine.key(status.name) if isinstance(self._engine, HasKey) else ""
         arguments = wire.unpack(reader.read(manifest.sample))["arguments"]
-        with Client(status.url, key, timeout=manifest_timeout(self._spec), streams=False) as client:
+        with Client(status.url, key, timeout=manifest_timeout(self._spec)) as client:
             client.call(arguments)  # a first call pays for lazy parts of user code
             began = time.perf_counter()
             answer = client.call(arguments)
@@ -294,9 +299,9 @@ class Work:
             note = f"a request through the URL answered otherwise than the notebook: {found.reason}"
             if verdict.state == "equal" and not verdict.random:
                 raise ParityError(
-                    f"The Endpoint answers otherwise than the notebook, {found.reason} at answer{found.path}: the notebook "
-                    f"gave {found.expected}, the Endpoint {found.actual}. Something in predict depends on what was called "
-                    "before, or on the process it runs in."
+                    f"The Endpoint answers otherwise than the notebook, {found.reason} at answer{found.path}: the "
+                    f"notebook gave {found.expected}, the Endpoint {found.actual}. Something in predict depends on "
+                    "what was called before, or on the process it runs in."
                 )
             return verdict.with_note(note)
         return verdict

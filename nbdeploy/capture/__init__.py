@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
-from nbdeploy.capture.taking import Capture, Request, take
+from nbdeploy.capture.planning import Request
+from nbdeploy.capture.taking import Capture, take
 
 __all__ = ["Capture", "Request", "take"]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbdeploy_server import wire
 from nbdeploy_server.forms import describe
 
 from nbdeploy.errors import SampleError
@@ -64,7 +65,7 @@ def arrange(
     Args:
         function: what requests call.
         has_model: whether a model was given.
-        model: it; only its identity and type are used.
+        model: it, only its identity and type are used; MISSING where a Replica makes it.
         variable: its name in the notebook.
         sample: MISSING, a LastCall, a dict of arguments, a tuple, or the one argument.
         pass_model: --pass-model or --no-pass-model; None means the rule decides.
@@ -137,11 +138,21 @@ def _given_as(call: _Call, sample: LastCall, model: Any) -> str | None:
     same = [name for name, value in given.items() if value is model]
     if same:
         return next((name for name in same if call.like_the_model(name)), same[0])
-    special = describe(model)["type"] == "annotation"  # no number, text, list, array: nothing that a request could hold
     required = {p.name for p in call.named if p.default is p.empty}
+    if model is MISSING:  # --setup or --model-from makes it: the notebook's stand-in is what no request can hold
+        return next((name for name, value in given.items() if name in required and not _sendable(value)), None)
+    special = describe(model)["type"] == "annotation"  # no number, text, list, array: nothing that a request could hold
     return next((name for name in given if name in required and name == "model"), None) or next(
         (name for name, value in given.items() if special and name in required and type(value) is type(model)), None
     )
+
+
+def _sendable(value: Any) -> bool:
+    try:
+        wire.pack(value)
+    except wire.WireError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def run(call: Any, arguments: dict[str, Any]) -> LiveRun:
             value = complete(returned)
     except (Exception, SystemExit) as error:
         raise SampleError(
-            f"predict fails here in the notebook, before anything is deployed: {_told(error)}. It was called with the "
+            f"predict fails here in the notebook, before anything is deployed: {told(error)}. It was called with the "
             f"sample: {preview(arguments) or 'no arguments'}. Correct predict, or give another request with --sample."
         ) from error
     try:
@@ -92,7 +92,7 @@ def _kind(returned: Any) -> str:
     return "generator" if inspect.isgenerator(returned) else "function"
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """Return the user's own error as the notebook would show it in a line, with the line of the cell."""
     said = without_addresses(str(error)).strip()
     words = f"{type(error).__name__}: {said}" if said else type(error).__name__

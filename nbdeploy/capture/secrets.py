@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nbdeploy.errors import SecretError
@@ -12,40 +13,44 @@ _DEEP = 8  # levels of attributes and containers that the search for a culprit's
 _TEXT = 1 << 20  # bytes: longer byte strings are data
 
 
-def scan(skeleton: bytes, values: Mapping[str, str], roots: Mapping[str, Any], others: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Text:
+    """A text that travels beside the pickle: what it is, what to do about a secret in it, and the text itself.
+
+    `{name}` in the hint stands for the secret's variable.
+    """
+
+    where: str
+    hint: str
+    text: str
+
+
+def scan(skeleton: bytes, values: Mapping[str, str], roots: Mapping[str, Any], others: Iterable[Text] = ()) -> None:
     """Look for secrets in everything that would be stored.
 
     Args:
-        skeleton: the pickle.
+        skeleton: the pickle, or nothing.
         values: secret values by the name of their variable.
         roots: the live objects by name, to find the path of a culprit.
-        others: further texts that travel, by what they are: sources of cells, files, variables, the sample.
+        others: further texts that travel: sources of cells, files, variables, the sample.
 
     Raises:
         SecretError: naming the variable and the path, never the value.
     """
     if not values:
         return
-    for text in _strings(skeleton):
+    for text in _strings(skeleton) if skeleton else ():
         for name, value in values.items():
             if value in text:
-                raise SecretError(_message(name, _path(roots, value)))
-    for where, text in others.items():
+                raise SecretError(
+                    f"The value of ${name} stands in what predict needs: {_path(roots, value)}. It would be stored in "
+                    f'the Bundle. Read it inside predict instead, os.environ["{name}"], and deploy with '
+                    f"--secret {name}."
+                )
+    for other in others:
         for name, value in values.items():
-            if value in text:
-                raise SecretError(_message(name, where))
-
-
-def _message(name: str, path: str) -> str:
-    if path.startswith("the cell"):
-        return (
-            f"The value of ${name} is written in {path}, which defines a part of predict: its text would be stored in the "
-            f"Bundle. Set os.environ[{name!r}] in another cell than the functions, and deploy with --secret {name}."
-        )
-    return (
-        f"The value of ${name} stands in what predict needs: {path}. It would be stored in the Bundle. Read it inside "
-        f'predict instead, os.environ["{name}"], and deploy with --secret {name}.'
-    )
+            if value in other.text:
+                raise SecretError(f"The value of ${name} stands in {other.where}. {other.hint.format(name=name)}")
 
 
 def _strings(skeleton: bytes) -> Iterator[str]:

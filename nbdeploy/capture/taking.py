@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdeploy_server import predictor
-from nbdeploy_server.errors import ServerError
 from nbdeploy_server.forms import describe, schema_of
 from nbdeploy_server.signature import Signature, infer
 
 from nbdeploy import codec
 from nbdeploy.capture import arguments as binding
 from nbdeploy.capture import folder, live, reach, secrets, variables
-from nbdeploy.capture.arguments import MISSING, Arrangement, LastCall
+from nbdeploy.capture.arguments import LastCall
 from nbdeploy.capture.modules import LocalModule, imports, local_modules
 from nbdeploy.capture.origin import FORMAT_VERSION, made_with, requires
-from nbdeploy.errors import CaptureError, SampleError, UsageError
+from nbdeploy.capture.planning import Plan, Request, live_call, plan, roots
+from nbdeploy.capture.receipt import call, receipt
+from nbdeploy.errors import SampleError, UsageError
 from nbdeploy.store import Store
 
-
-@dataclass(frozen=True)
-class Request:
-    """What shall be captured.
-
-    Attributes:
-        predict, model: live objects; `has_model` tells whether there is one (None is a model).
-        variable: the model's name in the notebook.
-        sample: MISSING, a LastCall, a dict, a tuple, or the one argument.
-        setup: --setup.
-        model_from: --model-from.
-        folder: of the notebook; relative paths start there.
-        files: --file.
-        secrets: names of --secret.
-        pass_model: --pass-model, --no-pass-model, or None.
-    """
-
-    predict: Any
-    model: Any = None
-    has_model: bool = False
-    variable: str = ""
-    sample: Any = MISSING
-    setup: Callable[..., Any] | None = None
-    model_from: str | None = None
-    folder: Path = field(default_factory=Path.cwd)
-    files: tuple[str, ...] = ()
-    secrets: tuple[str, ...] = ()
-    pass_model: bool | None = None
+_TEXT = 1 << 20  # bytes: larger files are data, which the search for secrets leaves out
 
 
 @dataclass(frozen=True)
@@ -78,15 +49,6 @@ class Capture:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How predict will be made to answer."""
-
-    function: Callable[..., Any]
-    how: dict[str, Any]
-    arrangement: Arrangement
-
-
 def take(request: Request, store: Store) -> Capture:
     """Capture predict and its model.
 
@@ -94,40 +56,43 @@ def take(request: Request, store: Store) -> Capture:
         CaptureError and its kinds: with what, where and the next step; nothing is left in the Store but blobs.
     """
     began = time.perf_counter()
-    if not callable(request.predict):
-        raise UsageError(
-            f"predict must be a function, but it is a {type(request.predict).__name__}. "
-            "Write %deploy MODEL PREDICT, or %deploy PREDICT."
-        )
     changed = variables.changed(secrets=request.secrets)
     reached = reach.walk(request.predict)
-    plan = _plan(request, reached)
+    planned = plan(request, reached)
+    whole = planned.arrangement.arguments
     cut: list[str] = []
-    if plan.arrangement.arguments is not None and isinstance(request.sample, LastCall):
-        kept, cut = binding.first_row(plan.arrangement.arguments)
-        plan = dataclasses.replace(plan, arrangement=dataclasses.replace(plan.arrangement, arguments=kept))
+    if whole is not None and isinstance(request.sample, LastCall):
+        first, cut = binding.first_row(whole)
+        planned = planned.with_sample(first)
     signature, types = infer(
-        plan.function,
-        model_parameter=plan.arrangement.model_parameter,
-        sample=plan.arrangement.arguments,
-        streams=plan.how["kind"] in predictor.STREAMING,
+        planned.function,
+        model_parameter=planned.arrangement.model_parameter,
+        sample=planned.arrangement.arguments,
+        streams=planned.streams,
     )
-    _check_settable(plan, signature)
-    roots = _roots(request, plan, types)
-    encoded, plan = _encode(request, plan, roots, reached)
-    sample = live.pack_sample(plan.arrangement.arguments) if plan.arrangement.arguments is not None else None
+    _check_settable(planned, signature)
+    live.pack_sample(planned.arrangement.arguments or {})
+    objects = roots(request, planned, types)
+    encoded, planned = _encode(request, planned, objects, reached)
     modules = local_modules(encoded.modules)
-    cells = dict(encoded.cells)
     values = variables.secret_values(named=request.secrets)
-    texts = {k: v for k, v in roots.items() if k != "types"}
-    secrets.scan(encoded.skeleton, values, texts, _texts(cells, modules, changed, sample))
-    # The memory is written before predict runs: a predict that changes it (batch norm in train mode, a cache) must
-    # begin everywhere from the same state.
-    written = _write(request, store, encoded, modules, cells)
-    run = _sample_run(request, plan, signature, types, sample, whole)
-    plan, sample, signature = run.plan, run.sample, run.signature
-    if run.sample is not sample:
-        cut = []
+    secrets.scan(encoded.skeleton, values, objects, _texts(encoded, modules, changed) if values else ())
+    # The memory is written before predict runs: one that changes it (batch norm in train mode, a cache) must begin
+    # everywhere from the same state.
+    written = _write(request, store, encoded, modules)
+    try:
+        run = _run(request, planned, signature, types)
+    except SampleError:
+        if not cut or whole is None:
+            raise
+        # What looked like rows was one request: an image, a matrix.
+        cut, planned = [], planned.with_sample(whole)
+        run = _run(request, planned, signature, types)
+    planned = run.plan
+    packed = {text: b for text, b in (("the sample", run.sample), ("the answer to the sample", run.answer)) if b}
+    secrets.scan(
+        b"", values, {}, [secrets.Text(text, _OTHER_SAMPLE, b.decode("latin-1")) for text, b in packed.items()]
+    )
     manifest = {
         "format_version": FORMAT_VERSION,
         "requires": requires(),
@@ -136,157 +101,129 @@ def take(request: Request, store: Store) -> Capture:
         "variables": changed.changed,
         "secrets": sorted(request.secrets),
         "distributions": [],
-        "predict": plan.how,
-        "signature": signature.to_json(),
-        "sample": _stored(store, sample),
-        "answer": _stored(store, answer),
+        "predict": planned.how,
+        "signature": run.signature.to_json(),
+        "sample": _stored(store, run.sample),
+        "answer": _stored(store, run.answer),
         "seed": live.SEED,
         "globals": list(encoded.globals),
     }
-    receipt = _receipt(request, plan, reached, modules, written, changed, cut)
-    names = {name for module in modules for name in [module.name]}
+    arguments = planned.arrangement.arguments
+    local = {module.name for module in modules}
     return Capture(
         manifest=manifest,
-        modules=tuple(sorted({*encoded.modules, *_module_imports(modules)} - names)),
-        receipt=receipt,
-        sample=live.preview(plan.arrangement.arguments) if plan.arrangement.arguments is not None else "",
-        call=_call(request, plan, signature),
-        runs=runs,
+        modules=tuple(sorted({*encoded.modules, *_module_imports(modules)} - local)),
+        receipt=receipt(request, planned, reached, modules, written.parts, written.new, changed, cut),
+        sample=live.preview(arguments) if arguments is not None else "",
+        call=call(request, planned, run.signature),
+        runs=run.count,
         seconds=time.perf_counter() - began,
     )
 
 
-def _plan(request: Request, reached: reach.Reach) -> _Plan:
-    predict = request.predict
-    source = "setup" if request.setup is not None else "folder" if request.model_from else "live"
-    has_model = request.has_model or source != "live"
-    name = _name_of(predict)
-    if inspect.isclass(predict):
-        if not callable(getattr(predict, "predict", None)):
-            raise UsageError(
-                f"{name} is a class without a predict method. Give a function, or a class with "
-                "__init__(self, config) and predict(self, payload)."
-            )
-        function = binding.class_predict(predict)
-        arrangement = binding.arrange(
-            function, has_model=False, model=None, variable="", sample=request.sample, pass_model=None
+_OTHER_SAMPLE = "It would be stored in the Bundle. Give another request with --sample."
+
+
+def _check_settable(planned: Plan, signature: Signature) -> None:
+    """Refuse a sample that sets what no request can set."""
+    names = {parameter.name for parameter in signature.parameters}
+    unknown = sorted(set(planned.arrangement.arguments or ()) - names)
+    if unknown and not signature.extra:
+        raise SampleError(
+            f"The sample sets {unknown[0]}, but its default in {binding.name_of(planned.function)} is an object of the "
+            "notebook, so no request can set it: leave it out of the sample."
         )
-        parameter = binding.constructor_parameter(predict)
-        how = {"how": "class", "model": parameter if has_model else None}
-    else:
-        function = predict
-        arrangement = binding.arrange(
-            function,
-            has_model=has_model,
-            model=request.model,
-            variable=request.variable,
-            sample=request.sample,
-            pass_model=request.pass_model,
+
+
+def _encode(
+    request: Request, planned: Plan, objects: dict[str, Any], reached: reach.Reach
+) -> tuple[codec.Encoded, Plan]:
+    """Encode; a model that is not passed may turn out to be reached after all, through objects of libraries."""
+    if planned.model != "unused":
+        return codec.encode(objects), planned
+    met: list[bool] = []
+
+    def look(item: object) -> None:
+        if item is request.model:
+            met.append(True)
+
+    encoded = codec.encode(objects, refuse=look)
+    found = met or reach.holds(reached.values, request.model)
+    return encoded, planned.reaching() if found else planned
+
+
+def _texts(
+    encoded: codec.Encoded, modules: tuple[LocalModule, ...], changed: variables.Variables
+) -> list[secrets.Text]:
+    """Return every further text that travels, for the search for secrets."""
+    texts = [
+        secrets.Text(
+            "the cell that defines a part of predict",
+            "The text of that cell would be stored in the Bundle. Set os.environ[{name!r}] in a cell without "
+            "functions, read it inside predict, and deploy with --secret {name}.",
+            text,
         )
-        if arrangement.model_parameter is not None:
-            how = {"how": "argument", "model": arrangement.model_parameter}
-        elif not has_model:
-            how = {"how": "none", "model": None}
-        else:
-            held = any(value is request.model for value in reached.values) or request.model is predict
-            held = held or getattr(predict, "__self__", None) is request.model
-            how = {"how": "reached" if held and source == "live" else "unused", "model": None}
-    uses_source = how["how"] in {"argument", "class"} and has_model
-    how = {
-        "name": name,
-        "kind": _kind(function),
-        **how,
-        "variable": request.variable or None,
-        "source": source if uses_source and source != "live" else "live" if uses_source else "none",
-    }
-    return _Plan(function, how, arrangement)
+        for text in encoded.cells.values()
+    ]
+    texts += [
+        secrets.Text(
+            f"the variable {variable}, which this notebook set",
+            f"It would be stored in the Bundle. Deploy with --secret {variable}: then it is handed over, not stored.",
+            value,
+        )
+        for variable, value in changed.changed.items()
+    ]
+    texts += [
+        secrets.Text(
+            f"the file {place}, which travels with predict",
+            "It would be stored in the Bundle. Read os.environ[{name!r}] there instead, and deploy with "
+            "--secret {name}.",
+            path.read_bytes().decode("latin-1"),
+        )
+        for module in modules
+        for place, path in module.files.items()
+        if path.stat().st_size <= _TEXT
+    ]
+    return texts
 
 
-def _name_of(predict: Any) -> str:
-    target = getattr(predict, "func", predict)
-    return str(getattr(target, "__name__", None) or type(target).__name__)
+@dataclass(frozen=True)
+class _Run:
+    """What the live run gave; `answer` is None, and `count` 0, where the model exists only in a Replica."""
+
+    plan: Plan
+    sample: bytes | None
+    answer: bytes | None
+    signature: Signature
+    count: int
 
 
-def _kind(function: Any) -> str:
-    target = reach.target_of(function)
-    target = inspect.unwrap(target) if callable(target) else target
-    if inspect.isasyncgenfunction(target):
-        return "async_generator"
-    if inspect.iscoroutinefunction(target):
-        return "coroutine"
-    return "generator" if inspect.isgeneratorfunction(target) else "function"
-
-
-def _roots(request: Request, plan: _Plan, types: dict[str, Any]) -> dict[str, Any]:
-    """Return what the skeleton holds; a model that predict neither takes nor reaches stays home."""
-    roots: dict[str, Any] = {"predict": request.predict}
-    if plan.how["source"] == "live" and plan.how["how"] in {"argument", "class"} and request.has_model:
-        roots["model"] = request.model
-    if plan.how["source"] == "setup":
-        roots["setup"] = request.setup
-    roots["types"] = types
-    return roots
-
-
-def _sample_run(
-    request: Request, plan: _Plan, signature: Signature, types: dict[str, Any]
-) -> tuple[bytes | None, bytes | None, Signature, int]:
+def _run(request: Request, planned: Plan, signature: Signature, types: dict[str, Any]) -> _Run:
     """Run predict live on the sample, where there is one and the model is at hand."""
-    arguments = plan.arrangement.arguments
+    arguments = planned.arrangement.arguments
     if arguments is None:
-        return None, None, signature, 0
+        return _Run(planned, None, None, signature, 0)
     sample = live.pack_sample(arguments)
     arguments = live.decoded(signature, types, sample)
-    call = _live_call(request, plan)
-    if call is None:
-        return sample, None, signature, 0
-    done = live.run(call, arguments)
-    if done.streams and plan.how["kind"] == "function":
-        plan.how["kind"] = "generator"
-    item = done.value[0] if done.streams and done.value else done.value
-    return (
-        sample,
-        done.answer,
-        dataclasses.replace(signature, returns=schema_of(describe(item)), streams=done.streams),
-        1,
-    )
-
-
-def _live_call(request: Request, plan: _Plan) -> Callable[..., Any] | None:
-    """Return predict with its live model, or None where the model exists only in a Replica."""
-    source = plan.how["source"]
-    if source == "folder" and not request.has_model:
-        return None
-    model = request.model
-    if source == "setup" and not request.has_model and request.setup is not None:
-        if request.model_from:
-            return None
-        try:
-            model = predictor.run_setup(request.setup, None)
-        except Exception as error:
-            raise SampleError(
-                f"--setup fails here in the notebook: {type(error).__name__}: {error}. It must run without arguments."
-            ) from error
-    try:
-        return predictor.bind(request.predict, plan.how, model, has_model=plan.how["source"] != "none")
-    except ServerError as error:
-        raise CaptureError(str(error)) from error
-    except Exception as error:
-        raise SampleError(f"{plan.how['name']} cannot be made: {type(error).__name__}: {error}.") from error
+    callable_ = live_call(request, planned)
+    if callable_ is None:
+        return _Run(planned, sample, None, signature, 0)
+    done = live.run(callable_, arguments)
+    planned = planned.of_kind(done.kind)
+    item = done.value[0] if planned.streams and done.value else done.value
+    signature = dataclasses.replace(signature, returns=schema_of(describe(item)), streams=planned.streams)
+    return _Run(planned, sample, done.answer, signature, 1)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What went into the Store, and the manifest's rows for it."""
+    """The manifest's rows of what went into the Store; `new` = how many blobs were new there, and their bytes."""
 
     parts: dict[str, Any]
-    new_bytes: int
-    new_blobs: int
+    new: tuple[int, int]
 
 
-def _write(
-    request: Request, store: Store, encoded: codec.Encoded, modules: tuple[LocalModule, ...], cells: dict[str, str]
-) -> _Written:
+def _write(request: Request, store: Store, encoded: codec.Encoded, modules: tuple[LocalModule, ...]) -> _Written:
     files = [_put(store, path, source, "code") for module in modules for path, source in module.files.items()]
     for given in request.files:
         source = (request.folder / Path(given).expanduser()).resolve()
@@ -297,15 +234,17 @@ def _write(
         files.append(_put(store, path, source, "file"))
     if request.model_from:
         files += folder.collect(folder.resolve(request.model_from, request.folder), store)
+    before = {path.name for path in store.root.glob("blobs/sha256/*/*")}
     skeleton, blobs, new_bytes = codec.write(encoded, store)
-    sources = {name: store.put_bytes(text.encode()) for name, text in cells.items()}
+    new = {row["digest"] for row in blobs if row["digest"].partition(":")[2] not in before}
+    sources = {name: store.put_bytes(text.encode()) for name, text in encoded.cells.items()}
     parts = {
         "skeleton": {"digest": skeleton.digest, "size": skeleton.size},
         "blobs": blobs,
         "files": files,
         "cells": {name: {"digest": ref.digest, "size": ref.size} for name, ref in sources.items()},
     }
-    return _Written(parts, new_bytes, 0)
+    return _Written(parts, (len(new), new_bytes))
 
 
 def _put(store: Store, path: str, source: Path, kind: str) -> dict[str, Any]:
@@ -325,62 +264,6 @@ def _module_imports(modules: tuple[LocalModule, ...]) -> set[str]:
     return {
         name for module in modules for path in module.files.values() if path.suffix == ".py" for name in imports(path)
     }
-
-
-def _receipt(
-    request: Request,
-    plan: _Plan,
-    reached: reach.Reach,
-    modules: tuple[LocalModule, ...],
-    written: _Written,
-    changed: variables.Variables,
-    cut: list[str],
-) -> dict[str, Any]:
-    model_travels = plan.how["how"] in {"argument", "class", "reached"} and request.has_model
-    notes = [f"only the first row of {name} was kept as the sample (more than fits one request)" for name in cut]
-    if plan.how["how"] == "unused":
-        notes.append(f"predict neither takes nor reaches {request.variable or 'the model'}: it stays home")
-    notes += [
-        f"{name} was set in this notebook and looks like a secret: it stays home; --secret {name} hands it over"
-        for name in changed.withheld
-    ]
-    namespace = getattr(reach.target_of(request.predict), "__globals__", {})
-    names = {one.name for one in reached.globals} | set(reached.functions) | {request.variable}
-    sizes = [row["size"] for row in written.parts["blobs"]]
-    return {
-        "functions": list(reached.functions),
-        "modules": [{"name": m.name, "files": len(m.files), "bytes": m.bytes} for m in modules],
-        "globals": [{"name": g.name, "kind": g.kind, "bytes": g.bytes} for g in reached.globals],
-        "model": {
-            "name": request.variable or "model",
-            "kind": type(request.model).__name__,
-            "bytes": reach.size_of(request.model),
-        }
-        if model_travels
-        else None,
-        "blobs": {"count": len(sizes), "new": written.new_blobs, "bytes": sum(sizes), "new_bytes": written.new_bytes},
-        "skeleton_bytes": written.parts["skeleton"]["size"],
-        "variables": sorted(changed.changed),
-        "secrets": sorted(request.secrets),
-        "files": [row["path"] for row in written.parts["files"] if row["kind"] != "code"][:20],
-        "left_behind": reach.left_behind(namespace, names) if namespace.get("__name__") == "__main__" else [],
-        "notes": notes,
-    }
-
-
-def _call(request: Request, plan: _Plan, signature: Signature) -> str:
-    """Return the call for people: predict(model ← clf, text)."""
-    how = plan.how
-    names = [p.name if p.required else f"{p.name}=…" for p in signature.parameters]
-    if signature.extra:
-        names.append("**")
-    if how["how"] == "argument":
-        source = {"setup": f"{_name_of(request.setup)}()", "folder": request.model_from}.get(
-            how["source"], request.variable or type(request.model).__name__
-        )
-        names.insert(0, f"{how['model']} ← {source}")
-    dot = ".predict" if how["how"] == "class" else ""
-    return f"{how['name']}{dot}({', '.join(names)})"
 
 
 def secret_environment(names: tuple[str, ...]) -> dict[str, str]:

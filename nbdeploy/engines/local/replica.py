@@ -39,6 +39,7 @@ class Replica:
         name: "r<revision>-<count>".
         reason: why it is gone, in words.
         handed: connections given to it.
+        turn: when it was last given one; the lowest is next.
         gone: set once the process has ended and its output is read.
         serves: it may be given connections, once ready.
     """
@@ -50,6 +51,7 @@ class Replica:
         self.reason = ""
         self.progress = ""
         self.handed = 0
+        self.turn = 0
         self.started = time.monotonic()
         self.changed = asyncio.Event()
         self.gone = asyncio.Event()

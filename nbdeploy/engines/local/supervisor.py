@@ -64,6 +64,7 @@ class Supervisor:
         self._last_crash = 0.0
         self._reason = ""
         self._count = 0
+        self._turns = 0
         self._applying = ""
         self._change = asyncio.Lock()
         self._stopping = asyncio.Event()
@@ -177,9 +178,11 @@ class Supervisor:
             asyncio.get_running_loop().add_reader(listener, self._accept)
 
     def _hand(self, sock: socket.socket) -> None:
-        """Give a connection to the ready Replica with the fewest in flight, then the fewest connections."""
-        for replica in sorted(self._serving(), key=lambda one: (one.inflight, one.connections)):
+        """Give a connection to the ready Replica with the fewest in flight, then the fewest connections, then in turn."""
+        for replica in sorted(self._serving(), key=lambda one: (one.inflight, one.connections, one.turn)):
             if replica.give(sock):
+                self._turns += 1
+                replica.turn = self._turns
                 sock.close()
                 return
         if self._crashes >= GIVE_UP or self._stopping.is_set():
