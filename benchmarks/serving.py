@@ -94,14 +94,21 @@ def hammer(port: int, request: bytes, requests: int, connections: int) -> float:
 @contextmanager
 def starlette() -> Iterator[tuple[int, int, str]]:
     """Run the plain server; yields port, process id and key."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder, "plain.py").write_text(STARLETTE, encoding="utf-8")
-        port = listener.getsockname()[1]
-        command = [sys.executable, "-m", "uvicorn", "plain:app", "--fd", str(listener.fileno()), "--loop", "uvloop"]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "uvicorn", "plain:app", "--port", str(port), "--loop", "uvloop"]
         command += ["--http", "httptools", "--no-access-log", "--log-level", "warning", "--app-dir", folder]
-        process = subprocess.Popen(command, pass_fds=(listener.fileno(),))
+        process = subprocess.Popen(command)
         try:
-            hammer(port, request_bytes(port, ""), 1, 1)  # the listener is open already: waits until it answers
+            limit = time.monotonic() + 20
+            while time.monotonic() < limit:
+                try:
+                    hammer(port, request_bytes(port, ""), 1, 1)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.05)
             yield port, process.pid, ""
         finally:
             process.terminate()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SERVER_NEEDS = (
     "msgspec",
     "orjson",
+    "pydantic",
     "fastapi",
     "fastapi-offline",
     "httptools",

@@ -34,7 +34,7 @@ print(json.dumps([found.equal, found.reason, answer["shared"], answer["label"], 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: path.name)
 def test_golden_bundle_loads_and_answers(golden: Path, tmp_path: Path) -> None:
-    """A Bundle written long ago loads without nbdeploy, answers as it did, takes requests; shared memory stays shared."""
+    """A Bundle written long ago loads without nbdeploy, answers as it did, and takes requests; sharing stays."""
     store = tmp_path / "store"
     shutil.copytree(golden, store)
     digest = (golden / "digest").read_text(encoding="ascii")

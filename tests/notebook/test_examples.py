@@ -22,7 +22,7 @@ def execute(notebook: str, kernelspec: str) -> list[Any]:
 
 
 def test_examples_run_in_order(home: Path, kernelspec: str) -> None:
-    """The quickstart deploys; the other notebook, in another kernel, gets the right answers by name; no key is in either."""
+    """The quickstart deploys; the other notebook, in another kernel, calls by name; no key is in either."""
     assert {path.name for path in EXAMPLES.glob("*.ipynb")} == set(IN_ORDER)
     first = execute("quickstart.ipynb", kernelspec)
     key = (home / "endpoints" / "digits" / "key").read_text(encoding="ascii")

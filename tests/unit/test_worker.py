@@ -1,0 +1,374 @@
+"""The worker: cancelled, killed or failing at any step, it leaves what served before and nothing half-made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import nbdeploy
+from nbdeploy.deploying import Context, deploy
+from nbdeploy.errors import (
+    CancelledError,
+    DeployError,
+    EndpointNotFoundError,
+    OwnershipError,
+    ParityError,
+    VerificationError,
+)
+from nbdeploy.jobs import Event, Job, all_jobs, running_job
+from tests.conftest import DEADLINE, leftovers, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def cell(source: str) -> dict[str, Any]:
+    """Return what a notebook has after running this cell."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(textwrap.dedent(source), "<cell>", "exec"), namespace)  # noqa: S102 - the cell is the test's own
+    return namespace
+
+
+OLD = cell("def predict(x: int) -> str:\n    return 'old'\n")["predict"]
+NEW = cell("def predict(x: int) -> str:\n    return 'new'\n")["predict"]
+# Slow at every step, so that a signal finds the worker there: 0.4 s wherever it runs outside this process.
+SLOW = """
+    import os, time
+    def predict(x: int) -> str:
+        if os.getpid() != {here}:
+            time.sleep(0.4)
+        return 'slow'
+    """
+
+
+def slow() -> Any:
+    """Return a predict that takes its time in every other process."""
+    return cell(SLOW.format(here=os.getpid()))["predict"]
+
+
+# The events at which a signal is sent: the first of each step, and the words that tell where within a step.
+MOMENTS: dict[str, Callable[[Event], bool]] = {
+    "captured": lambda event: event.step == "captured",
+    "locked": lambda event: event.step == "locked" and event.state == "running",
+    "verified": lambda event: event.step == "verified" and event.state == "running",
+    "between": lambda event: event.step == "verified" and event.state == "done",
+    "starting": lambda event: event.step == "starting",
+    "warming up": lambda event: event.step == "starting" and "warm" in event.detail,
+    "started": lambda event: event.step == "starting" and event.state == "done",
+    "ready": lambda event: event.step == "ready" and event.state == "running",
+}
+
+
+def begin(**options: Any) -> Job:
+    """Start a deploy of the slow predict without waiting, and return its Job."""
+    deploy(slow(), name="one", sample={"x": 1}, wait=False, **options)
+    found = running_job(nbdeploy.config.home(), "one")  # type: ignore[attr-defined] # a submodule, imported above
+    assert found is not None
+    return found
+
+
+def until(job: Job, moment: Callable[[Event], bool]) -> None:
+    """Wait until the Job's log has an event of this kind."""
+    wait_until(lambda: any(moment(event) for event in job.events()) or job.ended())
+    assert not job.ended(), "the moment was missed"
+
+
+def nothing_runs(home: Path, *, served: bool) -> None:
+    """Prove that no process is left but those of what serves (a supervisor and a Replica)."""
+    wait_until(lambda: len(leftovers(home)) == (2 if served else 0), 20)
+    assert not any((job.folder / "secrets.json").exists() for job in all_jobs(home))
+    assert not any((job.folder / "child.json").exists() for job in all_jobs(home))
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["first", "update"])
+@pytest.mark.parametrize("step", MOMENTS)
+def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
+    """SIGTERM ends the deploy as cancelled; what served before serves, a first deploy leaves nothing."""
+    monkeypatch.setenv("TOKEN", "s3cret")
+    if served:
+        deploy(OLD, name="one", verify=False)
+    job = begin(secrets=("TOKEN",))
+    wait_until(job.worker)
+    until(job, MOMENTS[step])
+    worker = job.worker()
+    assert worker is not None
+    worker.signal(signal.SIGTERM)
+    last = list(job.follow())[-1]
+    assert (last.step, last.state) == ("job", "cancelled")
+    check_what_serves(home, served=served)
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["first", "update"])
+@pytest.mark.parametrize("step", [one for one in MOMENTS if one not in {"started", "ready"}])
+def test_kill_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
+    """A worker that is killed leaves no word: whoever follows says it, nothing half-made serves, the next deploy works."""
+    monkeypatch.setenv("TOKEN", "s3cret")
+    if served:
+        deploy(OLD, name="one", verify=False)
+    job = begin(secrets=("TOKEN",))
+    wait_until(job.worker)
+    until(job, MOMENTS[step])
+    worker = job.worker()
+    assert worker is not None
+    worker.signal(signal.SIGKILL)
+    last = list(job.follow())[-1]
+    assert (last.step, last.state, last.data["error"]) == ("job", "failed", "DeployError")
+    assert "killed" in last.detail or "died" in last.detail
+    assert [event.seq for event in job.events()] == list(range(1, len(job.events()) + 1))
+    check_what_serves(home, served=served)
+
+
+def check_what_serves(home: Path, *, served: bool) -> None:
+    """Check that the deploy before is what serves, or nothing does, and that the next deploy works."""
+    nothing_runs(home, served=served)
+    if served:
+        assert nbdeploy.connect("one")(x=1) == "old"
+        assert nbdeploy.connect("one").status().reason == ""
+    else:
+        with pytest.raises(EndpointNotFoundError):
+            nbdeploy.connect("one")
+    assert deploy(NEW, name="one", verify=False)(x=1) == "new"
+
+
+def test_a_kill_at_the_last_step_says_what_serves(home: Path) -> None:
+    """Once the new Revision serves, a killed worker cannot take it back: the words say so."""
+    job = begin()
+    until(job, MOMENTS["ready"])
+    worker = job.worker()
+    assert worker is not None
+    worker.signal(signal.SIGKILL)
+    assert "the new Revision serves" in list(job.follow())[-1].detail
+    assert nbdeploy.connect("one")(x=1) == "slow"
+
+
+SCRIPT = """
+import sys, time, os
+import nbdeploy
+namespace = {{"__name__": "__main__"}}
+exec({source!r}, namespace)
+def show(event):
+    print(event.step, event.state, event.detail, flush=True)
+endpoint = nbdeploy.deploy(namespace["predict"], name="one", sample={{"x": 1}}, on_event=show)
+print("back", repr(endpoint.name), flush=True)
+"""
+
+
+def kernel(source: str) -> subprocess.Popen[str]:
+    """Start a process that deploys, as a kernel does."""
+    script = SCRIPT.format(source=textwrap.dedent(source))
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+    )
+
+
+WAITS = """
+import os, time
+mine = {pid}
+def predict(x: int) -> str:
+    if mine != os.getpid():
+        time.sleep(0.4)
+    return 'done'
+"""
+
+
+def test_an_interrupt_detaches(home: Path) -> None:
+    """Ctrl+C in the cell ends the following, not the deploy."""
+    with kernel(WAITS.replace("{pid}", "os.getpid()").replace("mine = ", "mine = ")) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("verified running") for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(DEADLINE) == 0
+    assert "job note Detached" in rest
+    assert "nbdeploy cancel one" in rest
+    assert "back 'one'" in rest
+    (job,) = all_jobs(home)
+    assert list(job.follow())[-1].state == "done"
+    assert nbdeploy.connect("one")(x=1) == "done"
+
+
+def test_the_kernel_may_die(home: Path) -> None:
+    """A killed kernel changes nothing: the deploy goes on to its end."""
+    with kernel(WAITS.replace("{pid}", "os.getpid()")) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("locked") for line in iter(process.stdout.readline, ""))
+        process.kill()
+    (job,) = all_jobs(home)
+    assert list(job.follow())[-1].state == "done"
+    assert nbdeploy.connect("one")(x=1) == "done"
+
+
+def test_cancel_raises_in_the_cell(home: Path) -> None:
+    """A deploy that is cancelled from elsewhere raises CancelledError where it was begun."""
+
+    def cancel(event: Event) -> None:
+        if event.step == "verified" and event.state == "running":
+            job = running_job(home, "one")
+            assert job is not None
+            job.cancel()
+
+    with pytest.raises(CancelledError, match="cancelled"):
+        deploy(slow(), name="one", sample={"x": 1}, on_event=cancel)
+    nothing_runs(home, served=False)
+
+
+def test_a_second_deploy_of_a_name_is_refused(home: Path) -> None:
+    """One deploy of a name at a time; the words name the way out. Another name is free."""
+    job = begin()
+    with pytest.raises(DeployError, match="nbdeploy cancel one"):
+        deploy(NEW, name="one")
+    assert deploy(NEW, name="two", verify=False)(x=1) == "new"
+    assert list(job.follow())[-1].state == "done"
+
+
+def test_a_request_that_differs_is_undone(home: Path) -> None:
+    """Where the Endpoint answers otherwise than the notebook, what served before serves again."""
+    deploy(OLD, name="one", verify=False)
+    calls = cell("""
+        import os
+        seen = []
+        def predict(x: int) -> int:
+            seen.append(x)
+            return len(seen) if len(seen) > 4 else 0
+        """)
+    events: list[Event] = []
+    with pytest.raises(ParityError, match="depends on what was called before"):
+        for _ in range(1):
+            calls["seen"].clear()
+            deploy(differs_in_replicas(home), name="one", sample={"x": 1}, on_event=events.append)
+    assert any(event.step == "ready" for event in events)
+    endpoint = nbdeploy.connect("one")
+    assert endpoint(x=1) == "old"
+    assert endpoint.status().phase == "ready"
+    with pytest.raises(ParityError):
+        deploy(differs_in_replicas(home), name="fresh", sample={"x": 1})
+    with pytest.raises(EndpointNotFoundError):
+        nbdeploy.connect("fresh")
+    nothing_runs(home, served=True)
+
+
+def differs_in_replicas(home: Path) -> Any:
+    """Return a predict that answers otherwise when it serves: its working folder tells."""
+    return cell(f"""
+        import threading
+        def predict(x: int) -> int:
+            serves = any(thread.name.startswith('wait') for thread in threading.enumerate())
+            import sys
+            return int('nbdeploy_server.front' in sys.modules and 'uvicorn' in sys.modules)
+        HOME = {str(home)!r}
+        """)["predict"]
+
+
+def test_a_stopped_endpoint_stays_stopped(home: Path) -> None:
+    """A failed deploy over a stopped Endpoint leaves it as it was, with its history and key."""
+    endpoint = deploy(OLD, name="one", verify=False)
+    endpoint.stop()
+    with pytest.raises(ParityError):
+        deploy(differs_in_replicas(home), name="one", sample={"x": 1})
+    assert nbdeploy.connect("one").status().phase == "idle"
+    endpoint.start()
+    assert endpoint(x=1) == "old"
+
+
+def test_no_verify(home: Path) -> None:
+    """--no-verify skips the clean process and says so; the request through the URL still is compared."""
+    events: list[Event] = []
+    deploy(NEW, name="one", sample={"x": 1}, verify=False, on_event=events.append)
+    assert [event.detail for event in events if event.step == "verified"] == ["skipped (--no-verify)"]
+    card = events[-1].data["card"]
+    assert card["parity"]["state"] == "unverified"
+    assert "--no-verify" in card["parity"]["note"]
+
+
+def test_dry_run_deploys_nothing(home: Path) -> None:
+    """A dry run verifies and reports; there is no Endpoint and no process afterwards."""
+    events: list[Event] = []
+    endpoint = deploy(NEW, name="one", sample={"x": 1}, dry_run=True, on_event=events.append)
+    card = events[-1].data["card"]
+    assert (card["dry_run"], card["url"], card["revision"], card["parity"]["state"]) == (True, "", 0, "equal")
+    assert not any(event.step in {"starting", "ready"} for event in events)
+    with pytest.raises(EndpointNotFoundError):
+        endpoint.status()
+    with pytest.raises(EndpointNotFoundError):
+        endpoint.receipt()
+    nothing_runs(home, served=False)
+
+
+def test_owners(home: Path) -> None:
+    """The name of another notebook is refused unless it is taken over; the same notebook may deploy again."""
+    mine, other = Context(notebook="/books/mine.ipynb"), Context(notebook="/books/other.ipynb")
+    deploy(OLD, name="one", verify=False, context=mine)
+    deploy(OLD, name="one", verify=False, context=mine)
+    with pytest.raises(OwnershipError, match=r"/books/mine\.ipynb.*--replace"):
+        deploy(NEW, name="one", verify=False, context=other)
+    assert nbdeploy.connect("one")(x=1) == "old"
+    deploy(NEW, name="one", verify=False, context=other, replace=True)
+    status = nbdeploy.connect("one").status()
+    assert (status.notebook, nbdeploy.connect("one")(x=1)) == ("/books/other.ipynb", "new")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def predict(x: int) -> str:\n    return open('labels.txt').read()\n", ["labels.txt", "--file"]),
+        ("import os\ndef predict(x: int) -> str:\n    return os.environ['ONLY_HERE']\n", ["ONLY_HERE", "--env"]),
+        (
+            "import colorsys\ndef predict(x: int) -> str:\n    return colorsys.patched\n",
+            ["patched", "does not travel", "--setup"],
+        ),
+        (
+            "import sys\ndef predict(x: int) -> str:\n    import only_here\n    return only_here.WORD\n",
+            ["only_here", "module"],
+        ),
+    ],
+    ids=["file", "variable", "state of a library", "module"],
+)
+def test_what_fails_only_in_the_clean_process(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: list[str]
+) -> None:
+    """The module, file, variable or state that is missing outside the notebook is named, with the next step."""
+    import colorsys
+    import types
+
+    monkeypatch.setattr(colorsys, "patched", "yes", raising=False)
+    module = types.ModuleType("only_here")
+    module.WORD = "x"  # type: ignore[attr-defined] # that is the point
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels.txt").write_text("cat", encoding="utf-8")
+    namespace = cell(source)
+    with monkeypatch.context() as inner:
+        inner.setenv("ONLY_HERE", "x")
+        with pytest.raises(VerificationError) as caught:
+            hidden(namespace, inner)
+    for word in words:
+        assert word in str(caught.value)
+    nothing_runs(home, served=False)
+
+
+def hidden(namespace: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    """Deploy; a variable of this process that it inherited does not travel."""
+    deploy(namespace["predict"], name="one", sample={"x": 1})
+
+
+def test_the_job_folder_is_private(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither key nor secret values stay in a Job's folder, and only the owner can look into it."""
+    monkeypatch.setenv("TOKEN", "s3cret-value")
+    endpoint = deploy(NEW, name="one", sample={"x": 1}, secrets=("TOKEN",))
+    (job,) = all_jobs(home)
+    key = (home / "endpoints" / "one" / "key").read_bytes()
+    assert endpoint(x=1) == "new"
+    for path in job.folder.rglob("*"):
+        if path.is_file():
+            assert key not in path.read_bytes()
+            assert b"s3cret-value" not in path.read_bytes()
+            assert path.stat().st_mode & 0o007 == 0 or job.folder.stat().st_mode & 0o077 == 0
+    assert json.loads((job.folder / "job.json").read_text(encoding="utf-8"))["name"] == "one"
