@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def private() -> int:
 @contextmanager
 def temporary_home(folder: str | None = None) -> Iterator[Path]:
     """Give NBDEPLOY_HOME a folder of its own; its Endpoints and files are gone afterwards, also after a failure."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: still leave nothing
     home = Path(tempfile.mkdtemp(prefix="nbdeploy-bench-", dir=folder))
     os.environ["NBDEPLOY_HOME"] = str(home)
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -47,21 +46,26 @@ def square(input: float) -> dict[str, float]:  # noqa: A002 - the name in the re
 @contextmanager
 def starlette() -> Iterator[str]:
     """Run the plain app; yields its URL."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    # by port, not by descriptor: uvicorn takes a passed socket for a Unix one and leaves Nagle's delay on
+    command = [sys.executable, "-m", "uvicorn", "plain:app", "--port", str(port), "--loop", "uvloop"]
+    command += ["--http", "httptools", "--no-access-log", "--log-level", "warning"]
+    command += ["--timeout-keep-alive", "75"]  # the other side's blocks must not cost this one its connection
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder, "plain.py").write_text(APP, encoding="utf-8")
-        command = [sys.executable, "-m", "uvicorn", "plain:app", "--fd", str(listener.fileno()), "--loop", "uvloop"]
-        command += ["--http", "httptools", "--no-access-log", "--log-level", "warning", "--app-dir", folder]
-        process = subprocess.Popen(command, pass_fds=(listener.fileno(),))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/predict"
+        process = subprocess.Popen([*command, "--app-dir", folder])
+        url = f"http://127.0.0.1:{port}/predict"
         try:
             limit = time.monotonic() + START_TIMEOUT
             while time.monotonic() < limit and process.poll() is None:
                 with contextlib.suppress(httpx.TransportError):
-                    httpx.post(url, json={"input": 1.0}, timeout=START_TIMEOUT).raise_for_status()
+                    httpx.post(url, json={"input": 1.0}).raise_for_status()
                     break
+                time.sleep(0.05)
             yield url
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             process.wait()
 
 

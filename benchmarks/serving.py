@@ -136,7 +136,7 @@ def replica() -> Iterator[tuple[int, int, str]]:
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NBDEPLOY_HOME"] = folder
-        endpoint = nbdeploy.deploy(square, name="square", sample={"input": 4.0}, on_event=lambda event: None)
+        endpoint = nbdeploy.deploy(square, name="square", sample={"input": 4.0}, on_event=lambda _event: None)
         try:
             layout = Layout(Path(folder), "square")
             record = layout.supervisor()

@@ -45,7 +45,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"The other notebook's call answered {answers[0]}")
-    print(f"with {answers[-1]}\n")
+    print(f"at {answers[-1].partition(':')[0]}\n")
     print("The endpoint stays up. What next:")
     for command, what in (
         ("make lab", "JupyterLab on the quickstart"),

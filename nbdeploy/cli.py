@@ -368,9 +368,11 @@ def key(name: str, engine: str | None) -> None:
 @_ENGINE
 def open_docs(name: str, engine: str | None) -> None:
     """Open the Endpoint's documentation page in a browser."""
+    import webbrowser
+
     url = f"{_endpoint(name, engine).url}/docs"
     click.echo(url)
-    click.launch(url)
+    webbrowser.open(url)
 
 
 @main.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -60,6 +61,8 @@ class Client:
 
                 # trust_env off: a proxy of the environment must not see calls to this machine
                 self._sync = httpx.Client(headers=self._headers, trust_env=not _is_local(self.url), limits=_limits())
+                # A Client that is dropped closes its sockets without a ResourceWarning in the user's own tests.
+                weakref.finalize(self, self._sync.close)
             return self._sync
 
     # -- one call -----------------------------------------------------------------------------------------------
@@ -265,6 +268,8 @@ def failure(status: int, content: bytes) -> RemoteError:
     try:
         problem = json.loads(content)
         detail = str(problem["detail"])
+        if len(problem.get("errors") or ()) > 1:  # the detail names the first one only
+            detail = "; ".join(f"{row['parameter']} {row['message']}" for row in problem["errors"]) + "."
     except (ValueError, KeyError, TypeError):
         problem, detail = {}, content[:200].decode("utf-8", "replace") or "no words"
     kinds: dict[int, type[RemoteError]] = {

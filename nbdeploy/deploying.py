@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdeploy import capture, errors
-from nbdeploy.capture.arguments import MISSING
+from nbdeploy.capture.arguments import MISSING, name_of
 from nbdeploy.capture.taking import secret_environment
 from nbdeploy.config import Settings, home, settings
 from nbdeploy.endpoint import Endpoint
@@ -22,7 +22,7 @@ from nbdeploy.engines.base import get_engine
 from nbdeploy.errors import DeployError, EndpointNotFoundError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
 from nbdeploy.process import kernel_path, launch
-from nbdeploy.spec import Autoscaling, Resources, Revision, Serving, check_name, label
+from nbdeploy.spec import Autoscaling, Resources, Revision, Serving, check_name
 from nbdeploy.store import Store
 
 OnEvent = Callable[[Event], None]
@@ -174,7 +174,7 @@ def _objects(objects: tuple[Any, ...]) -> tuple[Any, bool, Any]:
 def _default_name(predict: Any, context: Context) -> str:
     from nbdeploy.naming import default_name
 
-    function = str(getattr(predict, "__name__", "") or getattr(getattr(predict, "func", None), "__name__", ""))
+    function = name_of(predict)
     model = context.names[0] if len(context.names) > 1 else ""
     return check_name(default_name(context.names[-1] if context.names else function, model, context.notebook))
 

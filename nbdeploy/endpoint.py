@@ -43,9 +43,7 @@ class Endpoint:
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in {"_client", "_lock"}}
         if not state["_key"]:
-            with contextlib.suppress(
-                NbdeployError
-            ):  # its engine is out of reach from here
+            with contextlib.suppress(NbdeployError):  # its engine is out of reach from here
                 state["_key"] = self._find_key()
         return state
 

@@ -217,6 +217,18 @@ def launch(
     return process
 
 
+def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait for a process to end; True once it has. Popen.wait with a timeout notices it up to 50 ms late."""
+    ended = threading.Event()
+
+    def reap() -> None:
+        process.wait()
+        ended.set()
+
+    threading.Thread(target=reap, name=f"reap-{process.pid}", daemon=True).start()
+    return ended.wait(seconds)
+
+
 def let_go(process: subprocess.Popen[bytes]) -> None:
     """Let a process live on by itself; once it ends it is reaped, so that no zombie stays with this one."""
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()

@@ -7,6 +7,7 @@ a random or train-mode predict, an order that depends on the hash seed, or state
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,10 @@ class Verdict:
 
 _STATE_OUTSIDE = (
     "Something that predict needs does not travel with it: state outside its objects, such as a registry, an extension "
-    "or a global of a library that a cell of this notebook changed. Do that in a function and deploy with --setup."
+    "or a global of a library that a cell of this notebook changed. Do it inside predict, in a module that predict "
+    "imports, or in the function for --setup."
 )
+_EACH_TIME = "predict answers the same sample differently each time"
 
 
 def judge(report: Mapping[str, Any], *, has_sample: bool, second: Mapping[str, Any] | None = None) -> Verdict:
@@ -78,7 +81,9 @@ def judge(report: Mapping[str, Any], *, has_sample: bool, second: Mapping[str, A
     if not has_sample:
         return Verdict("unverified", places=("clean process",))
     random = not report.get("deterministic", True)
-    random_note = f"not deterministic: predict's answer changes with the random seed{train}" if random else ""
+    same = report.get("same_seed_same_answer", True)
+    how = "predict's answer changes with the random seed" if same else _EACH_TIME
+    random_note = f"not deterministic: {how}{train}" if random else ""
     found = report.get("parity")
     if found is None:
         return Verdict("not compared", places=("clean process",), note=random_note, random=random)
@@ -86,11 +91,11 @@ def judge(report: Mapping[str, Any], *, has_sample: bool, second: Mapping[str, A
         note = random_note
         return Verdict("equal", found["max_difference"] or 0.0, ("live", "clean process"), note, random=random)
     order = "order" in found["reason"]
-    if not report.get("same_seed_same_answer", True):
+    if not same:
         return Verdict(
             "not deterministic",
             places=("live", "clean process"),
-            note=f"not deterministic: predict answers the same sample differently each time{train}",
+            note=f"not deterministic: {_EACH_TIME}{train}",
             random=True,
         )
     if second is None:
@@ -129,13 +134,13 @@ def _failure(report: Mapping[str, Any]) -> str:
 
 
 def _hint(reason: str) -> str:
-    if "ModuleNotFoundError" in reason or "No module named" in reason or "module" in reason.lower():
+    if "ModuleNotFoundError" in reason or "No module named" in reason or "cannot import name" in reason:
         return (
-            "The module was found in the notebook but not outside it: put its file beside the notebook, install it, or "
-            "add what loads it to --setup."
+            "The module was found in the notebook but not outside it: put its file beside the notebook and import it by "
+            "name in predict, or install it."
         )
     if "FileNotFoundError" in reason or "No such file" in reason:
         return "Files travel only if they are named: deploy with --file PATH, and open them by that relative path."
-    if "KeyError" in reason and "environ" in reason.lower():
+    if re.search(r"KeyError: '[A-Z][A-Z0-9_]+'", reason):  # as variables of the environment are named
         return "Environment variables travel only if they are named: --env NAME, or --secret NAME for a secret."
     return _STATE_OUTSIDE

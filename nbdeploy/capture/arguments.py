@@ -115,9 +115,10 @@ def _receiver(call: _Call, model: Any, sample: Any, *, pass_model: bool) -> str 
     else:
         bound = call.bound(sample, required)
         names = [name for name in required if name not in bound]
-        if names and not call.by_name(sample):
+        if not call.by_name(sample):
             # A tuple has no names: any parameter without which the sample fits may be the model's.
-            names = [name for name in required if call.fits(sample, without=name)] or required
+            fitting = [name for name in required if call.fits(sample, without=name)]
+            names = (fitting or required) if names else [name for name in fitting if call.like_the_model(name)]
     if not names and pass_model:
         names = [p.name for p in call.named if call.like_the_model(p.name)] or required
     return next((name for name in names if name == "model"), None) or next(
@@ -225,8 +226,8 @@ class _Call:
     def fits(self, sample: Any, *, without: str) -> bool:
         """Whether a sample without names fits once this parameter is left out."""
         try:
-            self.without(without).values(sample)
-        except (TypeError, SampleError):
+            self.without(without).signature.bind(*(sample if isinstance(sample, tuple) else (sample,)))
+        except TypeError:
             return False
         return True
 

@@ -35,15 +35,27 @@ class LiveRun:
     kind: str
 
 
+def plain(value: Any) -> Any:
+    """Return a sample with Python's own numbers in place of numpy's: that is how a request will bring them."""
+    if type(value) in {list, tuple}:
+        return type(value)(plain(item) for item in value)
+    if type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_scalar and type(value).__name__ != "ndarray" else value
+
+
 def pack_sample(arguments: dict[str, Any]) -> bytes:
     """Return the sample as it travels; raises SampleError naming an argument that cannot be sent."""
     for name, value in arguments.items():
         try:
             wire.pack(value)
         except wire.WireError as error:
+            place, _, what = str(error).partition(";")[0].partition(": ")
             raise SampleError(
-                f"The sample's {name} cannot be sent over HTTP: {error}. Take numbers, texts, lists, dicts, arrays, "
-                "tensors, frames or images as input, and build the rest inside predict."
+                f"The sample's {name}{place.removeprefix('answer')} cannot be sent over HTTP: {what or error}. Take "
+                "numbers, texts, lists, dicts, arrays, tensors, frames or images as input, and build the rest inside "
+                "predict."
             ) from error
     return wire.pack({"arguments": arguments})
 
@@ -77,10 +89,7 @@ def run(call: Any, arguments: dict[str, Any]) -> LiveRun:
     try:
         packed = wire.pack(value)
     except wire.WireError as error:
-        raise SampleError(
-            f"What predict returns cannot be sent over HTTP: {error}. Return numbers, texts, lists, dicts, arrays, "
-            "tensors, frames or images."
-        ) from error
+        raise SampleError(f"What predict returns cannot be sent over HTTP: {error}.") from error
     return LiveRun(packed, wire.unpack(packed), kind)
 
 

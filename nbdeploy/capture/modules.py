@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import site
 import sys
 import sysconfig
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,3 +134,78 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.partition(".")[0])
     return sorted(names)
+
+
+def check_fresh(modules: Iterable[LocalModule]) -> None:
+    """Refuse files that were edited since this notebook imported them: what runs here is not what would travel.
+
+    Functions are compared by their code, so that a touched file, a new comment or a reloaded module is no edit.
+
+    Raises:
+        CannotTravelError: naming the file and the function.
+    """
+    loaded = {
+        str(Path(file).resolve()): module
+        for module in list(sys.modules.values())
+        if (file := getattr(module, "__file__", None)) and isinstance(file, str)
+    }
+    for module in modules:
+        for place, path in module.files.items():
+            if path.suffix == ".py" and (live := loaded.get(str(path.resolve()))) is not None:
+                name = _edited(live, path)
+                if name:
+                    raise CannotTravelError(
+                        f"{place} was edited after this notebook imported it: {name} in the file is not the one "
+                        f"that runs here. Restart the kernel, or run importlib.reload({live.__name__}) and the cells "
+                        "that use it."
+                    )
+
+
+def _edited(module: types.ModuleType, path: Path) -> str:
+    """Return the name of a function whose code in the file differs from the live one, or ""."""
+    try:
+        written = _functions(compile(path.read_bytes(), str(path), "exec", dont_inherit=True))
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    for holder in (module, *(item for item in vars(module).values() if isinstance(item, type))):
+        if isinstance(holder, type) and holder.__module__ != module.__name__:
+            continue
+        for item in list(vars(holder).values()):
+            function = item.__func__ if isinstance(item, (staticmethod, classmethod)) else item
+            if not isinstance(function, types.FunctionType):
+                continue
+            code = getattr(inspect.unwrap(function), "__code__", function.__code__)
+            if Path(code.co_filename).name != path.name:
+                continue
+            found = written.get(code.co_qualname)
+            if found and not any(_same(code, one) for one in found):
+                return str(code.co_qualname)
+    return ""
+
+
+def _functions(code: types.CodeType) -> dict[str, list[types.CodeType]]:
+    """Return all code of a file by qualified name; a name may be defined several times."""
+    found: dict[str, list[types.CodeType]] = {}
+    todo = [code]
+    while todo:
+        for constant in todo.pop().co_consts:
+            if isinstance(constant, types.CodeType):
+                found.setdefault(constant.co_qualname, []).append(constant)
+                todo.append(constant)
+    return found
+
+
+def _same(one: types.CodeType, other: types.CodeType) -> bool:
+    """Whether two pieces of code do the same, wherever they stand."""
+    if (one.co_code, one.co_names, one.co_varnames, len(one.co_consts)) != (
+        other.co_code, other.co_names, other.co_varnames, len(other.co_consts),
+    ):  # fmt: skip
+        return False
+    return all(_same_constant(a, b) for a, b in zip(one.co_consts, other.co_consts, strict=True))
+
+
+def _same_constant(one: object, other: object) -> bool:
+    if isinstance(one, types.CodeType) and isinstance(other, types.CodeType):
+        return _same(one, other)
+    # sets by value, since their order is chance; the rest by its text, since 0.0 equals -0.0 and True equals 1
+    return one == other if isinstance(one, frozenset) else repr(one) == repr(other)

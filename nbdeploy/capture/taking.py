@@ -14,9 +14,9 @@ from nbdeploy_server.signature import Signature, infer
 
 from nbdeploy import codec
 from nbdeploy.capture import arguments as binding
-from nbdeploy.capture import folder, live, reach, secrets, variables
+from nbdeploy.capture import folder, hints, live, reach, secrets, variables
 from nbdeploy.capture.arguments import LastCall
-from nbdeploy.capture.modules import LocalModule, imports, local_modules
+from nbdeploy.capture.modules import LocalModule, check_fresh, imports, local_modules
 from nbdeploy.capture.origin import FORMAT_VERSION, made_with, requires
 from nbdeploy.capture.planning import Plan, Request, live_call, plan, roots
 from nbdeploy.capture.receipt import call, receipt
@@ -64,6 +64,9 @@ def take(request: Request, store: Store) -> Capture:
     if whole is not None and isinstance(request.sample, LastCall):
         first, cut = binding.first_row(whole)
         planned = planned.with_sample(first)
+    if whole is not None:
+        planned = planned.with_sample(live.plain(planned.arrangement.arguments or {}))
+        whole = live.plain(whole)
     signature, types = infer(
         planned.function,
         model_parameter=planned.arrangement.model_parameter,
@@ -75,6 +78,7 @@ def take(request: Request, store: Store) -> Capture:
     objects = roots(request, planned, types)
     encoded, planned = _encode(request, planned, objects, reached)
     modules = local_modules(encoded.modules)
+    check_fresh(modules)
     values = variables.secret_values(named=request.secrets)
     secrets.scan(encoded.skeleton, values, objects, _texts(encoded, modules, changed) if values else ())
     # The memory is written before predict runs: one that changes it (batch norm in train mode, a cache) must begin
@@ -139,17 +143,22 @@ def _encode(
     request: Request, planned: Plan, objects: dict[str, Any], reached: reach.Reach
 ) -> tuple[codec.Encoded, Plan]:
     """Encode; a model that is not passed may turn out to be reached after all, through objects of libraries."""
-    if planned.model != "unused":
-        return codec.encode(objects), planned
-    met: list[bool] = []
+    met = False
 
     def look(item: object) -> None:
-        if item is request.model:
-            met.append(True)
+        nonlocal met
+        met = met or item is request.model
+        if isinstance(item, type) and _MSGSPEC in vars(item):
+            delattr(item, _MSGSPEC)  # what our decoder keeps in the notebook's classes cannot travel
 
-    encoded = codec.encode(objects, refuse=look)
-    found = met or reach.holds(reached.values, request.model)
-    return encoded, planned.reaching() if found else planned
+    with hints.evaluated(objects["types"].values()):
+        encoded = codec.encode(objects, refuse=look)
+    if planned.model == "unused" and (met or reach.holds(reached.values, request.model)):
+        planned = planned.reaching()
+    return encoded, planned
+
+
+_MSGSPEC = "__msgspec_cache__"
 
 
 def _texts(

@@ -10,13 +10,12 @@ Every text comes from the user's names and values, so all of it is escaped, and 
 
 from __future__ import annotations
 
-import ast
-import json
 import re
-import shlex
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from nbdeploy.notebook import snippets
+from nbdeploy.notebook.snippets import clip
 from nbdeploy.spec import Phase
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["STYLE", "amount", "clip", "duration", "endpoint_html", "endpoint_text", "html", "text"]
 
 _ROWS = 6  # of a kind in the receipt; the rest is counted
+_ADVICE = "no sample was compared: call the function with one request above, or give --sample"
 _BYTES = 12_000  # of a card; a notebook may hold many
-_LITERAL = 120  # characters of a value in a snippet
 
 # Own colours first, then the front end's where it has some. Ground and ink always come from the same source.
 STYLE = """<style>
@@ -78,6 +77,7 @@ background:none;border:1px solid var(--nl);border-radius:3px;padding:0 7px;curso
 .nbd .nbd-tabs{display:grid;grid-template-columns:repeat(3,max-content) minmax(0,1fr);column-gap:18px}
 .nbd .nbd-tabs details{display:contents}
 .nbd .nbd-tabs details::details-content{grid-row:2;grid-column:1/-1}
+.nbd .nbd-tabs details:not([open])::details-content{display:none}
 .nbd .nbd-tabs summary{grid-row:1;list-style:none;padding:6px 0 4px;margin-bottom:5px;
 border-bottom:2px solid transparent}
 .nbd .nbd-tabs [open]>summary{border-color:var(--na)}}
@@ -136,7 +136,7 @@ def text(card: Mapping[str, Any]) -> str:
         lines.append(f"  in your browser: {clip(card['notebook_url'], 300)}")
     rows = [(label.lower(), _plain(value)) for label, value in _rows(card)]
     if card.get("url"):
-        rows.append(("python", _call(card)))
+        rows.append(("python", snippets.call(card)))
     rows += [(label.lower(), _plain(value)) for label, value in _receipt_rows(card.get("receipt") or {})]
     width = max(len(label) for label, _ in rows) + 2
     return "\n".join([*lines, *(f"  {label:<{width}}{value}" for label, value in rows)])
@@ -149,8 +149,10 @@ def endpoint_html(status: Status) -> str:
     card = {"name": name, "url": status.url, "public": status.public}
     phase = f'<span class="{tone}">{escape(str(status.phase))}</span>'
     reason = f" · {escape(clip(status.reason, 300))}" if status.reason else ""
-    rows = [("Phase", phase + reason), ("Replicas", f"{status.ready} of {status.desired}")]
-    rows.append(("Call", _code(f'nbdeploy.connect("{name}")(…)')))
+    rows = [("Phase", phase + reason)]
+    if status.revision:  # else nothing of it serves: it was deleted, or its first deploy is under way
+        rows.append(("Replicas", f"{status.ready} of {status.desired}"))
+        rows.append(("Call", _code(f'nbdeploy.connect("{name}")(…)')))
     where = _where({"engine": status.engine, "revision": status.revision})
     return (
         f'<section class="nbd" aria-label="Endpoint {escape(name)}">{STYLE}'
@@ -189,12 +191,6 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:  # noqa: PLR2004 - a minute
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60} s"
-
-
-def clip(value: object, length: int) -> str:
-    """Return one line of at most `length` characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 _PHASES = {
@@ -284,9 +280,10 @@ def _rows(card: Mapping[str, Any], limit: int = _ROWS) -> list[tuple[str, str]]:
     if spent:
         rows.append(("Cost", f'{spent} <span class="nbd-m">· per hour</span>'))
     if not card.get("dry_run"):
-        key = "public: no key is asked" if card.get("public") else _code(clip(_key_command(card), 200))
+        key = "public: no key is asked" if card.get("public") else _code(clip(snippets.key_command(card), 200))
         rows.append(("Key", key))
-    notes = list((card.get("receipt") or {}).get("notes") or [])
+    told = (card.get("parity") or {}).get("note")
+    notes = [note for note in (card.get("receipt") or {}).get("notes") or [] if note != told]
     rows += [("Note", f'<span class="nbd-warn">▲</span> {escape(clip(note, 240))}') for note in notes[:limit]]
     if len(notes) > limit:
         rows.append(("Note", f"and {len(notes) - limit} more in endpoint.receipt()"))
@@ -303,7 +300,7 @@ def _parity(parity: Mapping[str, Any]) -> str:
         delta = f' <span class="nbd-m">· max |Δ| {difference:.2g}</span>' if difference is not None else ""
         order = "" if state == "equal" else f' <span class="nbd-m">· {state}</span>'
         return f'<span class="nbd-ok">✓</span> {chain}{delta}{order}{note}'
-    advice = "" if note or state != "unverified" else ' <span class="nbd-m">· no sample was compared</span>'
+    advice = "" if note or state != "unverified" else f' <span class="nbd-m">· {_ADVICE}</span>'
     return f'<span class="nbd-warn">▲</span> {escape(clip(state, 60))}{advice}{note}'
 
 
@@ -333,7 +330,13 @@ def _receipt_rows(receipt: Mapping[str, Any], limit: int = _ROWS) -> list[tuple[
     rows += _listed(limit, "Functions", [_code(clip(f, 80)) for f in receipt.get("functions") or []])
     rows += _listed(limit, "Modules", [_sized(m["name"], None, m.get("bytes")) for m in receipt.get("modules") or []])
     rows += _listed(
-        limit, "Globals", [_sized(g["name"], g.get("kind"), g.get("bytes")) for g in receipt.get("globals") or []]
+        limit,
+        "Globals",  # but for the model, which has its own row
+        [
+            _sized(g["name"], g.get("kind"), g.get("bytes"))
+            for g in receipt.get("globals") or []
+            if not model or g["name"] != model.get("name")
+        ],
     )
     if receipt.get("skeleton_bytes"):
         rows.append(("Code", f"{amount(receipt['skeleton_bytes'])} skeleton"))
@@ -359,129 +362,25 @@ def _listed(limit: int, label: str, items: list[str], remark: str = "") -> list[
 
 def _sized(name: object, kind: object, size: float | None) -> str:
     """A name, what it is and how big, as HTML."""
-    about = ([escape(clip(kind, 60))] if kind else []) + ([amount(size)] if size is not None else [])
+    about = ([escape(clip(kind, 60))] if kind else []) + ([amount(size)] if size else [])
     return _code(clip(name, 80)) + (f' <span class="nbd-m">({", ".join(about)})</span>' if about else "")
 
 
 def _tabs(card: Mapping[str, Any]) -> str:
     """The three snippets; where the browser can, side by side as tabs, else one under the other."""
     group = re.sub(r"[^-a-z0-9]", "", f"nbd-{card['name']}-{card.get('engine', '')}-{card.get('revision', 0)}")
-    snippets = (("Python", _python(card)), ("curl", _curl(card)), ("JavaScript", _javascript(card)))
+    codes = (
+        ("Python", snippets.python(card)),
+        ("curl", snippets.curl(card)),
+        ("JavaScript", snippets.javascript(card)),
+    )
     body = "".join(
         f'<details name="{group}"{" open" * (title == "Python")}><summary>{title}</summary><div class="nbd-snip">'
-        f'<pre class="nbd-pre"><code>{_coloured(code)}</code></pre>{_copy(f"Copy the {title} snippet")}</div></details>'
-        for title, code in snippets
+        f'<pre class="nbd-pre"><code>{snippets.coloured(code)}</code></pre>'
+        f"{_copy(f'Copy the {title} snippet')}</div></details>"
+        for title, code in codes
     )
     return f'<div class="nbd-tabs">{body}</div>'
-
-
-def _coloured(code: str) -> str:
-    """Escape code; strings and comments get their colour."""
-    pieces = re.split(r"""("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|(?:^|(?<=\s))(?:#|//) .*)""", code)
-    out = [escape(piece) for piece in pieces]
-    for i in range(1, len(out), 2):
-        tone = "nbd-str" if pieces[i][0] in "\"'" else "nbd-m"
-        out[i] = f'<span class="{tone}">{out[i]}</span>'
-    return "".join(out)
-
-
-def _key_command(card: Mapping[str, Any]) -> str:
-    return str(card.get("key_command") or f"nbdeploy key {card['name']}")
-
-
-def _literals(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sample's arguments where its text is all literals that JSON has."""
-    try:
-        call = ast.parse(f"f({card.get('sample') or ''})", mode="eval").body
-        given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg} if isinstance(call, ast.Call) else {}
-        json.dumps(given, allow_nan=False)
-    except (SyntaxError, ValueError, TypeError, RecursionError):
-        return {}
-    return given
-
-
-def _shown(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that the snippets bind: the required ones and the sample's."""
-    given = _literals(card)
-    parameters = [p for p in card.get("parameters") or [] if p.get("required", True) or p["name"] in given]
-    return {str(p["name"]): p.get("schema") or {} for p in parameters[:12]}
-
-
-def _example(schema: Mapping[str, Any], depth: int = 0) -> Any:
-    """Make up a value for a JSON Schema."""
-    for key in ("default", "const"):
-        if key in schema:
-            return schema[key]
-    for key in ("examples", "enum"):
-        if schema.get(key):
-            return schema[key][0]
-    for key in ("anyOf", "oneOf"):
-        if schema.get(key):
-            return _example(schema[key][0], depth)
-    if schema.get("type") == "array" and depth < 5:  # noqa: PLR2004 - images have 4 axes with their batch
-        return [_example(schema.get("items") or {}, depth + 1)]
-    plain = {"string": "…", "integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
-    return plain.get(str(schema.get("type")))
-
-
-def _call(card: Mapping[str, Any]) -> str:
-    """Return the call as one line of Python; what has no short literal is a variable of the parameter's name."""
-    given = {name: repr(value) for name, value in _literals(card).items() if len(repr(value)) <= _LITERAL}
-    shown = ", ".join(f"{name}={given.get(name, name)}" for name in _shown(card))
-    return f'nbdeploy.connect("{clip(card["name"], 63)}"){".stream" if card.get("streams") else ""}({shown})'
-
-
-def _python(card: Mapping[str, Any]) -> str:
-    if card.get("streams"):
-        return f'import nbdeploy\n\nfor piece in {_call(card)}:\n    print(piece, end="")'
-    return f"import nbdeploy\n\nanswer = {_call(card)}"
-
-
-def _url(card: Mapping[str, Any]) -> str:
-    return str(card["url"])[:300].rstrip("/") + "/predict"
-
-
-def _body(card: Mapping[str, Any]) -> str:
-    """Return a JSON body; what has no short literal is made up from the schema."""
-    given = {name: value for name, value in _literals(card).items() if len(repr(value)) <= _LITERAL}
-    body = {name: given.get(name, _example(schema)) for name, schema in _shown(card).items()}
-    return json.dumps(body, ensure_ascii=False)
-
-
-def _curl(card: Mapping[str, Any]) -> str:
-    lines = [f"curl{' -N' if card.get('streams') else ''} {shlex.quote(_url(card))}"]
-    if not card.get("public"):
-        lines.append(f'  -H "Authorization: Bearer $({_key_command(card)})"')
-    lines.append('  -H "Content-Type: application/json"')
-    if card.get("streams"):
-        lines.append('  -H "Accept: text/event-stream"')
-    return " \\\n".join([*lines, f"  -d {shlex.quote(_body(card))}"])
-
-
-def _javascript(card: Mapping[str, Any]) -> str:
-    streams = card.get("streams")
-    headers = ['"Content-Type": "application/json"']
-    lines = []
-    if not card.get("public"):
-        lines.append(f"// NBDEPLOY_KEY=$({_key_command(card)}) node call.mjs")
-        headers.insert(0, "Authorization: `Bearer ${process.env.NBDEPLOY_KEY}`")
-    if streams:
-        headers.append('Accept: "application/x-ndjson"')
-    lines += [
-        f"const response = await fetch({json.dumps(_url(card))}, {{",
-        '  method: "POST",',
-        "  headers: {" + ",".join(f"\n    {header}" for header in headers) + "\n  },",
-        f"  body: JSON.stringify({_body(card)}),",
-        "});",
-    ]
-    if streams:
-        lines += [
-            "const decoder = new TextDecoder();",
-            "for await (const chunk of response.body) console.log(decoder.decode(chunk, {stream: true}));",
-        ]
-    else:
-        lines.append("console.log(await response.json());")
-    return "\n".join(lines)
 
 
 def _count(number: int, noun: str) -> str:

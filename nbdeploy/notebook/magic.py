@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand
 
-from nbdeploy.errors import NbdeployError, SampleError, UsageError
+from nbdeploy.errors import EndpointNotFoundError, NbdeployError, SampleError, UsageError
 from nbdeploy.naming import default_name
 from nbdeploy.notebook import card, history
 from nbdeploy.notebook.options import Options, help_text, parse
@@ -20,16 +20,14 @@ from nbdeploy.notebook.progress import Progress, in_notebook
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbdeploy.spec import Status
+
 __all__ = ["DeployMagics", "load_ipython_extension"]
 
 
 @magics_class
 class DeployMagics(Magics):  # type: ignore[misc]  # IPython ships no types
     """The magic `%deploy`."""
-
-    def __init__(self, shell: Any) -> None:
-        super().__init__(shell)
-        self._fresh: tuple[int, Any] | None = None  # (execution count, Endpoint whose card that cell shows)
 
     @needs_local_scope  # type: ignore[untyped-decorator]  # IPython ships no types
     @no_var_expand  # type: ignore[untyped-decorator]  # as above
@@ -78,7 +76,6 @@ class DeployMagics(Magics):  # type: ignore[misc]  # IPython ships no types
             raise
         if not options.wait:
             progress.note(f"The deploy goes on in the background; nbdeploy status {name}")
-        self._fresh = (self.shell.execution_count, endpoint)
         return endpoint
 
     def _last_sample(self, line: str, predict: str, namespace: dict[str, Any]) -> dict[str, Any]:
@@ -92,11 +89,12 @@ class DeployMagics(Magics):  # type: ignore[misc]  # IPython ships no types
         """Display an Endpoint as a cell's result; nothing where that cell's own deploy has just shown its card."""
         from IPython.display import display
 
-        fresh, self._fresh = self._fresh, None
-        if fresh is not None and fresh[0] == self.shell.execution_count and fresh[1] is endpoint:
+        if Progress.latest == (self.shell.execution_count, endpoint.name):
             return
         try:
             status = endpoint.status()
+        except EndpointNotFoundError:
+            status = _absent(endpoint)
         except NbdeployError:
             display({"text/plain": repr(endpoint)}, raw=True)
             return
@@ -110,6 +108,18 @@ def load_ipython_extension(shell: Any) -> None:
     if in_notebook():
         formatter = shell.display_formatter.ipython_display_formatter
         formatter.for_type_by_name("nbdeploy.endpoint", "Endpoint", magics.show)
+
+
+def _absent(endpoint: Any) -> Status:
+    """Return the state of an Endpoint that its engine does not know: not yet, or no more."""
+    from nbdeploy.config import home
+    from nbdeploy.jobs import running_job
+    from nbdeploy.spec import Phase, Status
+
+    under_way = running_job(home(), endpoint.name, endpoint.engine) is not None
+    phase = Phase.PENDING if under_way else Phase.DELETED
+    reason = f"its deploy is under way: nbdeploy status {endpoint.name}" if under_way else ""
+    return Status(name=endpoint.name, engine=endpoint.engine, phase=phase, reason=reason)
 
 
 def _arguments(options: Options) -> dict[str, Any]:

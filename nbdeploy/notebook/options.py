@@ -404,5 +404,5 @@ def _names_behind(text: str) -> str:
 
 def _did_you_mean(flag: str) -> str:
     tidy = "--" + flag.lower().lstrip("-").replace("_", "-")
-    near = [f for f in _BY_FLAG if f == tidy] or difflib.get_close_matches(tidy, list(_BY_FLAG), n=3, cutoff=0.6)
+    near = [f for f in _BY_FLAG if f == tidy] or difflib.get_close_matches(tidy, list(_BY_FLAG), n=2, cutoff=0.7)
     return f" Did you mean {' or '.join(near)}?" if near else " All options: %deploy?"

@@ -6,10 +6,11 @@ survives the kernel; anywhere else it prints a line when a step ends.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "in_notebook"]
 
+_SENTENCE = re.compile(r"(?<=\.) (?=[A-Z][a-z])|; ")  # between two sentences
 _INTERVAL = 0.1  # seconds between updates of a running step
 _MARKS = {
     "running": ("▸", "nbd-run"),
@@ -54,7 +56,11 @@ class Progress:
 
     Attributes:
         card: what the last event brought, or None.
+        latest: the cell's number and the Endpoint's name of the block shown last, so that no cell shows both it and
+            the Endpoint that its deploy returned.
     """
+
+    latest: ClassVar[tuple[int, str] | None] = None
 
     def __init__(self, name: str = "", engine: str = "", *, notebook: bool | None = None) -> None:
         self.card: Mapping[str, Any] | None = None
@@ -111,8 +117,15 @@ class Progress:
             f'<section class="nbd" aria-label="Deploying {escape(first)}">{STYLE}'
             f'<p class="nbd-head"><span class="{tone}" aria-hidden="true">{"✗" if self._failure else "●"}</span> '
             f'<b>{escape(first)}</b> <span class="nbd-m">{escape(" · ".join(rest))}</span></p>'
-            f'<ul class="nbd-ul nbd-steps">{rows}{notes}</ul></section>'
+            f'<ul class="nbd-ul nbd-steps">{rows}{notes}{self._way_back()}</ul></section>'
         )
+
+    def _way_back(self) -> str:
+        """What helps whoever finds this block in a notebook whose kernel is gone: nothing updates it any more."""
+        if self._failure or self._notes or not self._name or not self._steps.keys() - {STEPS[0]}:
+            return ""
+        words = f"goes on without this kernel: <code>nbdeploy status {escape(clip(self._name, 63))}</code>"
+        return f'<li><span></span> <b></b> <span class="nbd-m">{words}</span></li>'
 
     def text(self) -> str:
         """Return the same as plain text."""
@@ -149,7 +162,8 @@ class Progress:
 
     def _end(self, message: str, state: str) -> None:
         """Mark the step that was running, or the one that would have come, as the one that ended it all."""
-        self._failure = clip(message.partition("\n")[0], 300) or state
+        # One sentence: the error under the block tells all of it.
+        self._failure = clip(_SENTENCE.split(message.partition("\n")[0], maxsplit=1)[0], 200) or state
         running = [step for step in self._steps.values() if step.state == "running"]
         for step in running:
             step.state, step.detail, step.amount = state, self._failure, None
@@ -168,6 +182,7 @@ class Progress:
         return event.step not in self._printed or time.monotonic() - self._shown_at >= _INTERVAL
 
     def _show(self) -> None:
+        from IPython import get_ipython
         from IPython.display import display
 
         self._printed.update(self._steps)
@@ -175,6 +190,7 @@ class Progress:
         bundle = {"text/html": self.html(), "text/plain": self.text()}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
+            Progress.latest = (getattr(get_ipython(), "execution_count", 0), self._name)
         else:
             self._handle.update(bundle, raw=True)
 

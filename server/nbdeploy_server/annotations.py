@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections.abc
 import functools
 import inspect
+import types
+import typing
 from typing import Any
 
 import msgspec
@@ -69,21 +72,32 @@ def adapter_for(hint: Any) -> Any:
 
 def annotations_of(function: Any) -> dict[str, Any]:
     """Evaluate annotations one by one, so that one that cannot be evaluated does not hide the others."""
-    target = inspect.unwrap(getattr(function, "func", function))
+    target = function
+    while isinstance(target, functools.partial):
+        target = target.func
+    if not inspect.isroutine(target) and not inspect.isclass(target):
+        target = type(target).__call__  # a callable object's own annotations are those of its attributes
+    target = inspect.unwrap(target)
     target = getattr(target, "__func__", target)
-    if not hasattr(target, "__annotations__"):
-        target = getattr(type(target), "__call__", target)
     found: dict[str, Any] = {}
     namespace = getattr(target, "__globals__", {})
     for name, value in getattr(target, "__annotations__", {}).items():
-        if not isinstance(value, str):
-            found[name] = value
-            continue
+        one = types.SimpleNamespace(__annotations__={name: value})
         try:
-            found[name] = eval(value, dict(namespace))  # noqa: S307 - the notebook's own annotation, in its own kernel
+            (hint,) = typing.get_type_hints(one, globalns=namespace, include_extras=True).values()
+            found[name] = hint
         except Exception:  # noqa: BLE001, S112 - an annotation is a hint: one that fails to evaluate counts as none
             continue
     return found
+
+
+def concrete(hint: Any) -> Any:
+    """Replace what says nothing of JSON (object) or would be checked only while it is read (Iterable) by what does."""
+    if hint is object:
+        return Any
+    if typing.get_origin(hint) in {collections.abc.Iterable, collections.abc.Iterator}:
+        return list[typing.get_args(hint)]  # type: ignore[misc] # run-time
+    return hint
 
 
 def annotation_schema(hint: Any) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""The FastAPI application: schema, documentation pages, probes. Its `/predict` is a shell around the front's `answer`."""
+"""The FastAPI application: schema, documentation pages, probes.
+
+Its `/predict` is a shell around the front's `answer`.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ PROBLEM = {
         "errors": {"type": "array", "items": {"type": "object"}},
     },
 }
+PAGES = ("/docs", "/openapi.json", "/readyz", "/livez")
 _ERRORS = {
     401: "No key, or a wrong one",
     413: "Body too large",
@@ -41,43 +45,44 @@ _ERRORS = {
 def build(front: Front) -> FastAPI:
     """Make the application of one Replica."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from fastapi.openapi.docs import get_swagger_ui_html
+    from fastapi.responses import JSONResponse, Response
     from starlette.exceptions import HTTPException
     from starlette.staticfiles import StaticFiles
 
     settings = front.settings
-    app = FastAPI(title=settings.name, version=f"revision {settings.revision}", openapi_url=None, docs_url=None)
-    app.redoc_url = None
+    app = FastAPI(
+        title=settings.name,
+        version=f"revision {settings.revision}",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     began = time.monotonic()
 
     @app.exception_handler(HTTPException)
     async def problem(request: Request, error: HTTPException) -> Response:
         detail = error.detail
         if error.status_code == 404:  # noqa: PLR2004 - the HTTP status
-            detail = f"There is no {request.url.path}; there is POST /predict, and GET /docs, /openapi.json, /readyz, /livez."
+            detail = f"There is no {request.url.path}; there is POST /predict, and GET " + ", ".join(PAGES) + "."
         elif error.status_code == 405:  # noqa: PLR2004 - the HTTP status
             detail = f"{request.method} is not allowed here; predictions are POST /predict."
         body = {"type": "about:blank", "title": error.detail, "status": error.status_code, "detail": detail}
         return JSONResponse(body, error.status_code, headers=error.headers, media_type="application/problem+json")
 
-    @app.get("/livez", include_in_schema=False)
-    async def livez() -> dict[str, str]:
-        return {"status": "live"}
+    async def livez(_request: Request) -> Response:
+        return JSONResponse({"status": "live"})
 
-    @app.get("/readyz", include_in_schema=False)
-    async def readyz() -> Response:
+    async def readyz(_request: Request) -> Response:
         phase = "draining" if front.draining else "ready" if front.ready else "starting"
         body = {"phase": phase, "seconds": round(time.monotonic() - began, 3), "revision": settings.revision}
         return JSONResponse(body, 200 if phase == "ready" else 503)
 
-    @app.get("/openapi.json", include_in_schema=False)
     async def openapi(request: Request) -> Response:
         return JSONResponse(documents(with_sample=_has_key(request.headers, settings.key_sha256)))
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        from fastapi.openapi.docs import get_swagger_ui_html
-
+    async def docs(_request: Request) -> Response:
         return get_swagger_ui_html(
             openapi_url="openapi.json",
             title=f"{settings.name} · nbdeploy",
@@ -86,13 +91,16 @@ def build(front: Front) -> FastAPI:
             swagger_favicon_url="docs/assets/favicon.png",
         )
 
+    for path, page in zip(PAGES, (docs, openapi, readyz, livez), strict=True):
+        app.add_route(path, page, methods=["GET"], include_in_schema=False)
+
     class Shell(Response):
         """A response that lets the front write itself."""
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             await front.answer(scope, receive, send)
 
-    async def predict(request: Request) -> Response:
+    async def predict() -> Response:
         return Shell()
 
     app.add_api_route(
@@ -102,6 +110,7 @@ def build(front: Front) -> FastAPI:
         operation_id="predict",
         summary=f"Call {settings.name}",
         response_class=JSONResponse,
+        response_model=None,
         openapi_extra=_operation(front),
     )
     app.mount("/docs/assets", StaticFiles(directory=_assets()))

@@ -7,8 +7,9 @@ model) is decoded as any JSON first and restored by a converter of its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Collection
+from typing import Any, Union
 
 import msgspec
 
@@ -19,18 +20,23 @@ from nbdeploy_server.forms import leaf_of
 from nbdeploy_server.signature import Signature
 from nbdeploy_server.values import RESTORE
 
+LONGEST_NAME = 80  # characters of an unknown parameter's name that a message repeats
+
 Converter = Callable[[Any], Any]
 
 
 class Decoder:
     """Turns request bodies into keyword arguments.
 
+    Names in `reserved` are parameters that are no input (the model, live defaults): `**kwargs` does not take them.
+
     Raises:
         RequestError: 422 naming each parameter at fault, or 400 where the body is no JSON or msgpack at all.
     """
 
-    def __init__(self, signature: Signature, types: dict[str, Any]) -> None:
+    def __init__(self, signature: Signature, types: dict[str, Any], reserved: Collection[str] = ()) -> None:
         self._signature = signature
+        self._reserved = frozenset(reserved)
         self._names = tuple(p.name for p in signature.parameters)
         self._optional = any(not p.required for p in signature.parameters)
         self._fields: dict[str, Any] = {}
@@ -47,7 +53,8 @@ class Decoder:
             if parameter.required:
                 fields.append((f"f{index}", native))
             else:
-                fields.append((f"f{index}", native | msgspec.UnsetType if native is not Any else Any, msgspec.UNSET))
+                optional = Any if native is Any else Union[native, msgspec.UnsetType]  # noqa: UP007 - not every form has `|`
+                fields.append((f"f{index}", optional, msgspec.UNSET))
         self._struct = msgspec.defstruct(
             "Request",
             fields,
@@ -65,7 +72,7 @@ class Decoder:
             return self.message(self._loads(body))
         try:
             values = self._astuple(self._decode(body))
-        except (msgspec.ValidationError, ValueError, TypeError):
+        except (msgspec.ValidationError, ValueError, TypeError, RecursionError):
             # The slow path says what is wrong with every parameter, not just with the first.
             return self.message(self._loads(body))
         arguments = dict(zip(self._names, values, strict=True))
@@ -77,7 +84,9 @@ class Decoder:
     def _loads(body: bytes | bytearray) -> Any:
         try:
             return msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except RecursionError:
+            raise RequestError(400, "The body is not valid JSON: it is nested too deeply.") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(400, f"The body is not valid JSON: {error}.") from None
 
     def packed(self, body: bytes | bytearray) -> dict[str, Any]:
@@ -106,10 +115,11 @@ class Decoder:
         for name in value:
             if name in self._fields:
                 continue
-            if self._signature.extra and isinstance(name, str):
+            if self._signature.extra and isinstance(name, str) and name not in self._reserved:
                 arguments[name] = value[name]
             else:
-                errors.append({"parameter": str(name), "message": f"is not known; there is {self._wanted()}"})
+                shown = str(name)[:LONGEST_NAME]
+                errors.append({"parameter": shown, "message": f"is not known; there is {self._wanted()}"})
         if errors:
             first = errors[0]
             more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -119,7 +129,12 @@ class Decoder:
     def _one(self, name: str, value: Any) -> Any:
         native, converter = self._fields[name], self._converters.get(name)
         if native is not Any:
-            value = msgspec.convert(value, native, dec_hook=_restore, builtin_types=_kept(value))
+            try:
+                value = _convert(value, native)
+            except msgspec.ValidationError:
+                if not hasattr(value, "tolist"):
+                    raise
+                value = _convert(value.tolist(), native)  # an array for list[float], a numpy number for float
         return converter(value) if converter else value
 
     def _convert(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +154,10 @@ class Decoder:
         return ", ".join(names) if names else "no parameter"
 
 
+def _convert(value: Any, native: Any) -> Any:
+    return msgspec.convert(value, native, dec_hook=_restore, builtin_types=_kept(value))
+
+
 def _kept(value: Any) -> tuple[type, ...]:
     """Bytes from msgpack are bytes already, not base64 text."""
     return (bytes, bytearray) if isinstance(value, (bytes, bytearray)) else ()
@@ -148,13 +167,19 @@ def _kind(value: Any) -> str:
     return {list: "a list", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
 
 
+_ENUM = re.compile(r"Invalid enum value .*(?= - at `)|Invalid enum value .*", re.DOTALL)  # msgspec shows the value
+
+
 def _plain(error: Exception) -> str:
     """Say what is wrong with a value without showing the value."""
     if hasattr(error, "errors") and callable(error.errors):  # pydantic
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         return f"{where}: {first['msg']}" if where else str(first["msg"])
-    text = str(error).replace("Expected `", "must be `").replace("Object missing", "object misses")
+    text = _ENUM.sub("is none of the allowed values", str(error))
+    if text.startswith("is none"):
+        return text
+    text = text.replace("Expected `", "must be `").replace("Object missing", "object misses")
     return text if text.startswith("must") else f"does not fit: {text}"
 
 
@@ -203,5 +228,8 @@ def _restore(cls: Any, value: Any) -> Any:
     if form is not None:
         return RESTORE[form](value, form={"type": form})
     if is_model(cls):
-        return _model_adapter(cls).validate_python(value)
+        try:
+            return _model_adapter(cls).validate_python(value)
+        except ValueError as error:
+            raise ValueError(_plain(error)) from None  # pydantic's own words show the value
     raise NotImplementedError(f"{cls!r} cannot be decoded")

@@ -33,6 +33,16 @@ def leaf_of(cls: Any) -> str | None:
     return None
 
 
+def scalar_of(cls: Any) -> dict[str, Any] | None:
+    """Return the form of a numpy number or boolean class, or None for any other."""
+    if not isinstance(cls, type) or cls.__module__ != "numpy":
+        return None
+    if cls.__name__ in {"bool", "bool_"}:
+        return {"type": "boolean"}
+    names = {base.__name__ for base in cls.__mro__}
+    return {"type": "number"} if names & {"integer", "floating"} else None
+
+
 def describe(value: Any) -> dict[str, Any]:
     """Describe what a sample value shows about its parameter; {"type": "annotation"} asks for its class instead."""
     form = leaf_of(type(value))
@@ -76,7 +86,7 @@ _NESTABLE = {"boolean", "string", "number", "list", "tuple", "object"}
 
 
 def schema_of(form: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON Schema of a described value (interface: ndarray as nested lists, bytes base64, frames records)."""
+    """Return the JSON Schema of a described value: ndarray as nested lists, bytes base64, frames records."""
     kind = form["type"]
     if kind in {"boolean", "string", "number", "object"}:
         return {"type": kind}
@@ -92,6 +102,26 @@ def schema_of(form: dict[str, Any]) -> dict[str, Any]:
         items = schema_of(form.get("items", ANY))
         return {"type": "array", "items": items} if items else {"type": "array"}
     return {}
+
+
+def example_of(schema: dict[str, Any]) -> Any:
+    """Return the plainest value that a JSON Schema allows, for examples in messages, without optional properties."""
+    for known in ("default", "const"):
+        if known in schema:
+            return schema[known]
+    for choices in ("enum", "examples", "anyOf", "oneOf"):
+        if schema.get(choices):
+            first = schema[choices][0]
+            return example_of(first) if choices.endswith("Of") else first
+    kind = schema.get("type")
+    if kind == "object":
+        properties = schema.get("properties", {})
+        return {name: example_of(properties.get(name, {})) for name in schema.get("required", [])}
+    if kind == "array":
+        items = schema.get("items")
+        return [example_of(items)] if isinstance(items, dict) else []
+    plain: dict[Any, Any] = {"string": "", "boolean": False, "number": 0, "integer": 0}
+    return plain.get(kind)
 
 
 def _nested(rank: int | None, title: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import shlex
 import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,6 +19,7 @@ from typing import Any
 from nbdeploy_server import wire
 from nbdeploy_server.admission import Admission, Headers
 from nbdeploy_server.errors import RequestError
+from nbdeploy_server.forms import example_of
 from nbdeploy_server.lanes import Lane, Work
 from nbdeploy_server.metrics import Metrics
 from nbdeploy_server.predictor import Predictor, notebook_lines
@@ -27,14 +29,22 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+Whole = Callable[[Any, bytes, bytes], bool]
 
 JSON = b"application/json"
 PACKED = wire.CONTENT_TYPE.encode()
 PACKED_STREAM = PACKED + b"-seq"  # u8 tag (0 item, 1 error, 2 end), u32 length, payload
 EVENTS = b"text/event-stream"
 LINES = b"application/x-ndjson"
+PROBES = {"/livez", "/readyz"}
 IN_LANE = 256 * 1024  # bytes: a larger body is decoded in the lane, because the loop must stay free
 SWEEP = 0.25  # seconds between looks at deadlines
+_HEAD = (  # of a complete answer; milliseconds
+    b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
+    b"server-timing: queue;dur=%.3f, decode;dur=%.3f, predict;dur=%.3f, encode;dur=%.3f, batch;desc=1\r\n"
+    b"x-nbdeploy-revision: "
+)
+LONGEST_EXAMPLE = 500  # characters of a sample that is shown in a message
 READ_TIMEOUT = 30.0  # seconds without a byte of a body that is on its way (408)
 
 
@@ -42,7 +52,12 @@ class Front:
     """Answers requests of one Replica.
 
     Attributes:
-        draining: set when the Replica is being replaced; answers then ask to reconnect unless `keep` says otherwise.
+        app: answers every path but POST /predict.
+        whole: protocol.whole where the server has it: writes a complete answer in one go.
+        draining: set when the Replica is being replaced.
+        spread: set while other Replicas could take connections of this one.
+        ready: unset until the model is loaded and warm.
+        on_inflight: told the number of requests in flight.
     """
 
     def __init__(self, predictor: Predictor, lane: Lane, settings: ReplicaSettings, metrics: Metrics) -> None:
@@ -52,14 +67,16 @@ class Front:
         self.metrics = metrics
         self.admission = Admission(settings, metrics, lane.concurrency)
         self.app: Asgi | None = None
+        self.whole: Whole | None = None
         self.draining = False
-        self.spread = False  # set while other Replicas could take connections of this one
+        self.spread = False
         self.ready = False
-        self.on_inflight: Callable[[int], None] = lambda count: None
+        self.on_inflight: Callable[[int], None] = lambda _count: None
         self._json = predictor.decoder.json
         self._packed = predictor.decoder.packed
         self._open: collections.OrderedDict[Work, None] = collections.OrderedDict()
         self._revision = str(settings.revision).encode()
+        self._head = _HEAD + self._revision + b"\r\n"
         self._target = settings.target_in_flight or lane.concurrency
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,8 +93,33 @@ class Front:
         """Answer an ASGI request."""
         if scope["type"] == "http" and scope["path"] == "/predict" and scope["method"] == "POST":
             await self.answer(scope, receive, send)
-        elif self.app is not None:
-            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._page(scope, receive, send)
+
+    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let FastAPI answer what is not a prediction, with the headers that every answer carries."""
+        began = time.perf_counter()
+        headers: Headers = dict(scope["headers"])
+        request_id = self.admission.request_id(headers)
+
+        async def marked(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                timing = b"app;dur=%.3f" % ((time.perf_counter() - began) * 1e3)
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-request-id", request_id),
+                    (b"server-timing", timing),
+                ]
+            await send(message)
+
+        try:
+            if scope["path"] not in PROBES:
+                self.admission.check_host(headers)
+            if self.app is None:
+                raise RequestError(503, "The Replica is still starting.", retry_after=1)
+            await self.app(scope, receive, marked)
+        except RequestError as error:
+            await self.problem(error, send, request_id, headers, began)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one prediction: admission, decode, lane, encode."""
@@ -89,8 +131,8 @@ class Front:
             self.admission.check(headers)
             if not self.ready:
                 raise RequestError(503, "The Replica is still starting.", retry_after=1)
-            reply = _accepted(headers.get(b"accept", b"*/*"), streams=self.predictor.streams)
-            body = await self._read(receive, headers)
+            reply = self._accepted(headers)
+            body = await self._read(receive)
             work = self._admit(receive, headers, body, reply, began)
             if work.events is not None:
                 status = await self._stream(work, reply, send, request_id, headers)
@@ -98,38 +140,43 @@ class Front:
                 await work.future
                 status = await self._plain(work, reply, send, request_id, headers)
         except RequestError as error:
-            status = await self.problem(error, send, request_id, headers)
+            status = await self.problem(error, send, request_id, headers, began)
         except Exception as error:  # noqa: BLE001 - the last line of defence: the caller gets a 500, the log the cause
             print(f"nbdeploy: {type(error).__name__} while answering: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the Replica's log
-            status = await self.problem(
-                RequestError(500, "The server failed; its log has the cause."), send, request_id, headers
-            )
+            told = RequestError(500, "The server failed; its log has the cause.")
+            status = await self.problem(told, send, request_id, headers, began)
         if getattr(getattr(receive, "__self__", None), "disconnected", False):
             status = 499
         self.metrics.requests[status] = self.metrics.requests.get(status, 0) + 1
         self.metrics.request_seconds.observe(time.perf_counter() - began)
 
-    async def _read(self, receive: Receive, headers: Headers) -> bytes:
-        message = await receive()
+    async def _read(self, receive: Receive) -> bytes:
+        """Return the whole body; one that is here already, as most are, is taken without a timer."""
+        if getattr(getattr(receive, "__self__", None), "more_body", True):
+            message = await self._more(receive)
+        else:
+            message = await receive()
         body: bytes = message.get("body", b"")
-        if message.get("more_body"):
-            parts, size = [body], len(body)
-            while message.get("more_body"):
-                try:
-                    message = await asyncio.wait_for(receive(), READ_TIMEOUT)
-                except TimeoutError:
-                    raise RequestError(408, f"No byte of the body came for {READ_TIMEOUT:.0f} s.") from None
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > self.settings.max_body:
-                    raise RequestError(413, f"The body is larger than {self.settings.max_body >> 20} MiB.")
-            body = b"".join(parts)
+        parts, size = [body], len(body)
+        while size <= self.settings.max_body and message.get("more_body"):
+            message = await self._more(receive)
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+        if size > self.settings.max_body:
+            raise self.admission.too_large()
         if message["type"] == "http.disconnect":
             raise RequestError(499, "The caller left.")
-        return body
+        return body if len(parts) == 1 else b"".join(parts)
+
+    async def _more(self, receive: Receive) -> MutableMapping[str, Any]:
+        try:
+            return await asyncio.wait_for(receive(), READ_TIMEOUT)
+        except TimeoutError:
+            raise RequestError(408, f"No byte of the body came for {READ_TIMEOUT:.0f} s.") from None
 
     def _admit(self, receive: Receive, headers: Headers, body: bytes, reply: bytes, began: float) -> Work:
-        decode = self._decoder(headers.get(b"content-type", JSON))
+        self.admission.check_queue()  # once more: others were admitted while this body came
+        decode = self._decoder(headers)
         loop = asyncio.get_running_loop()
         work = Work(loop.create_future(), getattr(receive, "__self__", None), began + self.settings.timeout)
         if len(body) > IN_LANE:
@@ -148,13 +195,36 @@ class Front:
         self.lane.submit(work)
         return work
 
-    def _decoder(self, content_type: bytes) -> Callable[[bytes], dict[str, Any]]:
+    def _decoder(self, headers: Headers) -> Callable[[bytes], dict[str, Any]]:
+        content_type = headers.get(b"content-type", JSON)
+        if content_type == JSON:
+            return self._json
         kind = content_type.partition(b";")[0].strip().lower()
         if kind == JSON:
             return self._json
         if kind in {PACKED, b"application/msgpack", b"application/x-msgpack"}:
             return self._packed
-        raise RequestError(415, _curl(f"Bodies of type {kind.decode('latin-1')!r} are not read here."))
+        said = kind.decode("latin-1")
+        raise RequestError(415, f"Bodies of type {said!r} are not read here. Try: {self._curl(headers)}")
+
+    def _accepted(self, headers: Headers) -> bytes:
+        accept = headers.get(b"accept", b"*/*")
+        reply, have = _chosen(accept, streams=self.predictor.streams)
+        if not reply:
+            said = accept.decode("latin-1")
+            raise RequestError(406, f"There is no answer of type {said!r}; there is {have}. Try: {self._curl(headers)}")
+        return reply
+
+    def _curl(self, headers: Headers) -> str:
+        """Return a command that works on this machine; the caller has shown the key, so the sample may stand in it."""
+        body = ""
+        if self.predictor.sample is not None:
+            body = wire.to_json(wire.unpack(self.predictor.sample)["arguments"]).decode()
+        if not body or len(body) > LONGEST_EXAMPLE:
+            body = json.dumps(example_of(self.predictor.signature.schema()))
+        key = f'-H "Authorization: Bearer $(nbdeploy key {self.settings.name})" ' if self.settings.key_sha256 else ""
+        url = shlex.quote(f"http://{headers.get(b'host', b'HOST').decode('latin-1')}/predict")
+        return f"curl -H 'Content-Type: application/json' {key}-d {shlex.quote(body)} {url}"
 
     def _done(self, work: Work) -> None:
         """Release the slot: only now is the work really done, whoever waited for it."""
@@ -162,33 +232,31 @@ class Front:
         self.on_inflight(self.metrics.change(-1))
         if work.abandoned:
             self.metrics.abandoned[work.abandoned] = self.metrics.abandoned.get(work.abandoned, 0) + 1
+            if work.error is not None and not isinstance(work.error, asyncio.CancelledError):
+                _failure(work.error)  # nobody waits for it any more: the log is the only reader
             return
         self.metrics.queue_seconds.observe(work.started - work.admitted)
         self.metrics.predict_seconds.observe(work.predicted - work.started)
         self.metrics.batch_size.observe(1)
         self.admission.observe(work.ended - work.started)
-        if work.error is not None and work.future.cancelled():
-            print(f"nbdeploy: late error: {work.error!r}", file=sys.stderr, flush=True)  # noqa: T201 - the Replica's log
 
     async def _plain(self, work: Work, reply: bytes, send: Send, request_id: bytes, headers: Headers) -> int:
         body = self._result(work)
-        head = [
-            (b"content-type", reply),
-            (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", request_id),
-            (
-                b"server-timing",
-                b"queue;dur=%.3f, decode;dur=%.3f, predict;dur=%.3f, encode;dur=%.3f, batch;desc=1"
-                % (
-                    (work.started - work.admitted) * 1e3,
-                    (work.admitted - work.deadline + self.settings.timeout) * 1e3,
-                    (work.predicted - work.started) * 1e3,
-                    (work.ended - work.predicted) * 1e3,
-                ),
-            ),
-            (b"x-nbdeploy-revision", self._revision),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": self._finish(head, headers)})
+        admitted, started, predicted = work.admitted, work.started, work.predicted
+        head = self._head % (
+            reply,
+            len(body),
+            request_id,
+            (started - admitted) * 1e3,
+            (admitted - work.deadline + self.settings.timeout) * 1e3,
+            (predicted - started) * 1e3,
+            (work.ended - predicted) * 1e3,
+        )
+        plain = self.whole is not None and b"origin" not in headers and not self.spread
+        if plain and self.whole is not None and self.whole(work.cycle, head, body):
+            return 200
+        pairs = [(name, value) for name, _, value in (line.partition(b": ") for line in head.splitlines())]
+        await send({"type": "http.response.start", "status": 200, "headers": self._finish(pairs, headers)})
         await send({"type": "http.response.body", "body": body})
         return 200
 
@@ -227,6 +295,10 @@ class Front:
             self._result(work)
         head = [(b"content-type", reply), (b"cache-control", b"no-store"), (b"x-request-id", request_id)]
         head += [(b"x-accel-buffering", b"no"), (b"x-nbdeploy-revision", self._revision)]
+        waited = (work.started or time.perf_counter()) - work.admitted
+        decoded = work.admitted - work.deadline + self.settings.timeout
+        timing = b"queue;dur=%.3f, decode;dur=%.3f, batch;desc=1" % (waited * 1e3, decoded * 1e3)
+        head.append((b"server-timing", timing))  # predict and encode go on while this is sent
         await send({"type": "http.response.start", "status": 200, "headers": self._finish(head, headers)})
         while True:
             finished = work.finished or bool(work.abandoned)
@@ -247,13 +319,14 @@ class Front:
         await send({"type": "http.response.body", "body": tail})
         return 200 if error is None else error.status
 
-    async def problem(self, error: RequestError, send: Send, request_id: bytes, headers: Headers) -> int:
+    async def problem(self, error: RequestError, send: Send, request_id: bytes, headers: Headers, began: float) -> int:
         """Answer with application/problem+json (RFC 9457)."""
         body = json.dumps(_problem(error)).encode()
         head = [
             (b"content-type", b"application/problem+json"),
             (b"content-length", b"%d" % len(body)),
             (b"x-request-id", request_id),
+            (b"server-timing", b"total;dur=%.3f" % ((time.perf_counter() - began) * 1e3)),
         ]
         if error.retry_after is not None:
             head.append((b"retry-after", b"%d" % error.retry_after))
@@ -324,18 +397,12 @@ def _problem(error: RequestError) -> dict[str, Any]:
     return data
 
 
-def _curl(reason: str) -> str:
-    return (
-        f"{reason} Try: curl -H 'Content-Type: application/json' -H 'Authorization: Bearer KEY' -d '{{…}}' URL/predict"
-    )
-
-
-def _accepted(accept: bytes, *, streams: bool) -> bytes:
-    """Choose the type of the answer from the Accept header; the most usual ones are found without parsing."""
+def _chosen(accept: bytes, *, streams: bool) -> tuple[bytes, str]:
+    """Choose the type of the answer from the Accept header, b"" if none fits; the usual ones are found at once."""
     if accept in {b"*/*", JSON}:
-        return JSON
+        return JSON, ""
     if accept == PACKED:
-        return PACKED
+        return PACKED, ""
     offered = [EVENTS, LINES, PACKED_STREAM] if streams else []
     offered += [JSON, PACKED]
     best, weight = b"", 0.0
@@ -353,10 +420,7 @@ def _accepted(accept: bytes, *, streams: bool) -> bytes:
             match = PACKED
         if match and quality > weight:
             best, weight = match, quality
-    if not best:
-        have = ", ".join(kind.decode() for kind in offered)
-        raise RequestError(406, _curl(f"There is no answer of type {accept.decode('latin-1')!r}; there is {have}."))
-    return best
+    return best, ", ".join(kind.decode() for kind in offered)
 
 
 def _event(item: bytes) -> bytes:

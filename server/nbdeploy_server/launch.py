@@ -22,6 +22,8 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    for stream in (sys.stdout, sys.stderr):  # into a pipe: what predict prints shall be in the logs at once
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr] # text files, as `python` opens them
     known = set(sys.path)
     sys.path[:] = [*order["path"], *(entry for entry in sys.path if entry not in order["path"])]
     for folder in order["user_sites"]:

@@ -10,6 +10,7 @@ import bisect
 import collections
 import sys
 import time
+from collections.abc import Callable
 from itertools import accumulate
 
 # Seconds. From a small numpy call to a long generation; Prometheus' own defaults start too late for the former.
@@ -43,8 +44,9 @@ class Histogram:
 class Metrics:
     """Everything a Replica measures; `inflight` is running plus queued work, answered or not."""
 
-    def __init__(self, concurrency: int) -> None:
+    def __init__(self, concurrency: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.concurrency = concurrency
+        self._clock = clock
         self.inflight = 0
         self.requests: dict[int, int] = {}
         self.rejected: dict[str, int] = {}
@@ -57,12 +59,12 @@ class Metrics:
         self.ready_seconds = 0.0
         self.last_request = 0.0
         self._area = 0.0
-        self._since = time.monotonic()
+        self._since = clock()
         self._marks: collections.deque[tuple[float, float]] = collections.deque([(self._since, 0.0)])
 
     def change(self, by: int) -> int:
         """Move the in-flight count and return it."""
-        now = time.monotonic()
+        now = self._clock()
         self._area += self.inflight * (now - self._since)
         self._since = now
         self.inflight += by

@@ -26,6 +26,7 @@ from nbdeploy_server.lanes import AsyncLane, Lane, ThreadLane
 from nbdeploy_server.seeds import seeded
 from nbdeploy_server.signature import Signature
 
+_VARIABLE = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 STREAMING = {"generator", "async_generator"}
 ASYNC = {"coroutine", "async_generator"}
 
@@ -126,12 +127,13 @@ def load(bundle: Bundle, unpacked: Path) -> Predictor:
     with _told("setting up the model"):
         predict = _bind(parts, how, unpacked)
     signature = Signature.from_json(manifest.signature)
+    taken = {p.name for p in inspect.signature(predict).parameters.values() if p.kind not in _VARIABLE}
     has_answer = manifest.answer is not None
     return Predictor(
         call=predict,
         kind=how["kind"],
         signature=signature,
-        decoder=Decoder(signature, parts.get("types", {})),
+        decoder=Decoder(signature, parts.get("types", {}), reserved=taken),
         sample=bundle.read(manifest.sample) if manifest.sample else None,
         answer=wire.unpack(bundle.read(manifest.answer)) if manifest.answer else None,
         seed=manifest.seed,
@@ -183,13 +185,15 @@ def bind(predict: Any, how: Mapping[str, Any], model: Any, *, has_model: bool) -
 
 def _by_position(predict: Callable[..., Any], model_name: str | None, model: Any) -> Callable[..., Any]:
     """Call a function whose first parameters have no keyword."""
-    parameters = inspect.signature(predict).parameters.values()
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    signature = inspect.signature(predict)
+    positional = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
 
+    @functools.wraps(predict, assigned=(), updated=())  # its signature tells which names a request cannot use
     def call(**arguments: Any) -> Any:
         if model_name is not None:
             arguments[model_name] = model
-        given = [arguments.pop(name) for name in positional if name in arguments]
+        # One that is left out before one that is given needs its default: positions have no gaps.
+        given = [arguments.pop(p.name, p.default) for p in positional]
         return predict(*given, **arguments)
 
     return call

@@ -1,4 +1,4 @@
-"""One Replica: load the Bundle, prove itself on the sample, then serve the connections that the supervisor hands over."""
+"""One Replica: load the Bundle, prove itself on the sample, serve the connections that the supervisor hands over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(argument: dict[str, Any]) -> None:
     settings = ReplicaSettings.from_json(argument)
     control = socket.socket(fileno=settings.control)
     try:
-        predictor, front = _prepare(settings, control)
+        front = _prepare(settings, control)
     except Exception as error:  # noqa: BLE001 - whatever stops the load is the reason that the user must read
         reason = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
         channel.send(control, channel.encode({"op": "failed", "reason": reason, "lines": notebook_lines(error)}))
@@ -54,7 +54,7 @@ def _runner() -> Any:
     return uvloop.run
 
 
-def _prepare(settings: ReplicaSettings, control: socket.socket) -> tuple[Predictor, Front]:
+def _prepare(settings: ReplicaSettings, control: socket.socket) -> Front:
     tell = functools.partial(_tell, control)
     bundle = Bundle.open(Path(settings.store), settings.bundle)
     bundle.check_platform()
@@ -71,7 +71,7 @@ def _prepare(settings: ReplicaSettings, control: socket.socket) -> tuple[Predict
         _warm_up(predictor)
     lane = predictor.lane(settings.concurrency)
     metrics = Metrics(lane.concurrency)
-    return predictor, Front(predictor, lane, settings, metrics)
+    return Front(predictor, lane, settings, metrics)
 
 
 def _tell(control: socket.socket, **message: Any) -> None:
@@ -113,11 +113,12 @@ class Server:
         import uvicorn
 
         from nbdeploy_server.app import build
-        from nbdeploy_server.protocol import HandoverProtocol
+        from nbdeploy_server.protocol import HandoverProtocol, whole
 
         loop = asyncio.get_running_loop()
         front, slots = self._front, self._page.slots
         front.app = build(front)
+        front.whole = whole
         config = uvicorn.Config(
             front,
             http=HandoverProtocol,

@@ -1,4 +1,4 @@
-"""Settings of one Replica: plain data that its starter hands over on standard input, never in arguments or environment."""
+"""Settings of one Replica: plain data that comes on standard input, never in arguments or environment."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbdeploy_server.annotations import annotation_schema, annotations_of
-from nbdeploy_server.forms import ANY, describe, dtype_of, leaf_of, schema_of
+from nbdeploy_server.annotations import annotation_schema, annotations_of, concrete
+from nbdeploy_server.forms import ANY, describe, dtype_of, leaf_of, scalar_of, schema_of
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,14 @@ def _typed(hint: Any, sample: dict[str, Any], name: str, default: Any) -> tuple[
     """Return form, JSON Schema and, for a form by annotation, the Python type of one parameter."""
     shown = describe(sample[name]) if name in sample else ANY
     if hint is not None:
+        hint = concrete(hint)
         leaf = leaf_of(hint)
         if leaf is not None:
             form = {"type": leaf, **dtype_of(hint), **({} if shown["type"] != leaf else shown)}
             return form, schema_of(form), None
+        scalar = scalar_of(hint)
+        if scalar is not None:
+            return scalar, schema_of(scalar), None
         schema = annotation_schema(hint)
         if schema is not None:
             return {"type": "annotation"}, schema, hint

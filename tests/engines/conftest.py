@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import socket
 import time
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ EXITS = "def setup():\n    import os\n    print('bye', flush=True)\n    os._exit
 def functions(source: str) -> dict[str, Any]:
     """Return what a notebook has after running a cell of this source."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(source, "<cell>", "exec"), namespace)
+    exec(compile(source, "<cell>", "exec"), namespace)  # noqa: S102 - the cell is the test's own
     return namespace
 
 
@@ -201,7 +200,7 @@ def house_of(kind: str, home: Path) -> Iterator[House]:
         engine.delete(status.name)
     wait_until(lambda: not leftovers(home), 15.0)
     folder = home / "endpoints"
-    assert not folder.is_dir() or os.listdir(folder) == []
+    assert not folder.is_dir() or list(folder.iterdir()) == []
 
 
 @pytest.fixture(scope="module", params=["local"])

@@ -203,11 +203,11 @@ def test_crashes_back_off_and_are_told(house: House, name: str) -> None:
     for _ in range(3):
         with Raw(status.url, key) as client, pytest.raises(ConnectionError):
             client.ask({"x": 1})
-        began = time.monotonic()
-        wait_until(lambda: house.engine.status(name).ready == 0 or time.monotonic() - began > 2)
+        wait_until(lambda: house.engine.status(name).ready == 0)
         now = house.engine.status(name)
         assert "status 9" in now.reason
         assert "out of luck" in now.reason
+        began = time.monotonic()
         wait_until(lambda: house.engine.status(name).ready == 1)
         gaps.append(time.monotonic() - began)
     assert gaps[2] > 1.5  # 0.1, 0.4, 1.6 s, and the start of a Replica
@@ -268,7 +268,7 @@ def test_user_code_that_will_not_die(house: House, name: str) -> None:
         " time.sleep(600)'\n"
         "    child = subprocess.Popen([sys.executable, '-c', hang], stdout=subprocess.PIPE)\n"
         "    child.stdout.readline()\n"
-        "    detached = subprocess.Popen([sys.executable, '-c', hang], stdout=subprocess.PIPE, start_new_session=True)\n"
+        "    detached = subprocess.Popen([sys.executable, '-c', hang], stdout=-1, start_new_session=True)\n"
         "    detached.stdout.readline()\n"
         "    return [os.getpid(), child.pid, detached.pid]\n"
         "def predict(model, x: int) -> list:\n    return model\n"
@@ -322,7 +322,7 @@ def test_a_killed_apply_leaves_what_was(house: House, name: str, update: bool) -
         assert [one.number for one in house.engine.revisions(name)] == [1]
     else:
         wait_until(lambda: not (house.home / "endpoints" / name).exists())
-        assert [one for one in leftovers(house.home) if f"/{name}" in one] == []
+        wait_until(lambda: not [one for one in leftovers(house.home) if f"/{name}" in one])
     assert house.apply(name, ADD).phase is Phase.READY
 
 
@@ -358,7 +358,7 @@ def test_half_made_folders_go(house: House, name: str) -> None:
 
 
 def test_broken_and_foreign_folders(tmp_path: Path) -> None:
-    """`ls` works whatever lies in endpoints/: foreign things are left alone, broken Endpoints are told and deletable."""
+    """`ls` works whatever lies in endpoints/: foreign things stay, broken Endpoints are told and deletable."""
     engine = LocalEngine(tmp_path)
     folder = tmp_path / "endpoints"
     (folder / "foreign").mkdir(parents=True)
@@ -477,6 +477,7 @@ def test_a_fixed_port_is_kept(house: House, name: str) -> None:
     assert house.ask(name, x=1) == 2
 
 
+@pytest.mark.slow  # a connection is held for 10 s before it is refused
 def test_nothing_ready_is_answered_in_words(house: House, name: str) -> None:
     """A stop that waits for a running call answers new connections; nobody is left without words."""
     status = house.apply(name, ADD)
@@ -487,10 +488,9 @@ def test_nothing_ready_is_answered_in_words(house: House, name: str) -> None:
     # Break the launch of Replicas, then kill the one there is: restarts fail until the supervisor gives up.
     launch = layout.read("launch/1.json")
     layout.write("launch/1.json", {**launch, "python": "/nonexistent/python"})
-    pid = next(
-        one["pid"] for one in LocalEngine._order(supervisor(house, name), {"op": "status"}, 5)["status"]["replicas"]
-    )
-    os.kill(pid, signal.SIGKILL)
+    (replica,) = layout.replicas()
+    os.kill(replica.pid, signal.SIGKILL)
+    wait_until(lambda: house.engine.status(name).ready == 0)
     with Raw(status.url, key) as client:
         client.send({"x": 1})
         code, body = client.receive()
@@ -562,14 +562,8 @@ def test_a_line_that_never_ends(tmp_path: Path) -> None:
 
 def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
     """A Replica sees the allowed names, what --env and --secret name, and nothing else of the kernel's environment."""
-    environ = {
-        **os.environ,
-        "MINE": "yes",
-        "OTHER": "no",
-        "AWS_SECRET": "no",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": "/no",
-    }
+    others = {"OTHER": "no", "AWS_SECRET": "no", "PYTHONPATH": "/no"}
+    environ = {**os.environ, **others, "MINE": "yes", "CUDA_VISIBLE_DEVICES": ""}
     for house in house_of("local", tmp_path / "home"):
         house.engine = LocalEngine(house.home, environ=environ)
         source = "import os\ndef predict(x: int) -> dict:\n    return dict(os.environ)\n"
@@ -577,7 +571,7 @@ def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
         seen = house.ask("env", x=1)
         assert (seen["MINE"], seen["TOKEN"], seen["PATH"]) == ("yes", "s3cret", os.environ["PATH"])
         assert "CUDA_VISIBLE_DEVICES" in seen
-        assert not {"OTHER", "AWS_SECRET", "PYTHONPATH"} & set(seen)
+        assert not set(others) & set(seen)
         assert not [one for one in seen if one.startswith("NBDEPLOY")]
 
 
@@ -586,17 +580,14 @@ def test_the_key_is_in_no_wrong_place(house: House, name: str) -> None:
     house.apply(name, PRINTS, replicas=2)
     key = house.engine.key(name)
     house.ask(name, x=1)
-    with contextlib.suppress(AssertionError):
-        Raw(house.engine.status(name).url, key + "x").ask({"x": 1})
+    with Raw(house.engine.status(name).url, key + "x") as client:
+        assert client.request({"x": 1})[0] == 401
     processes = [int(one.split()[0]) for one in leftovers(house.home)]
     assert len(processes) >= 3
     for pid in processes:
         for part in ("cmdline", "environ"):
             assert key.encode() not in Path(f"/proc/{pid}/{part}").read_bytes()
-    with_key = []
-    for path in house.home.rglob("*"):
-        if path.is_file() and key.encode() in path.read_bytes():
-            with_key.append(path)
+    with_key = [path for path in house.home.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
     assert with_key == [house.home / "endpoints" / name / "key"]
     assert stat.S_IMODE(with_key[0].stat().st_mode) == 0o600
     for folder in (house.home / "endpoints" / name, house.home / "endpoints" / name / "launch"):
@@ -641,8 +632,8 @@ def test_two_changes_at_once_take_turns(house: House, name: str) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert sorted(results)[1] == "done"
-    assert "came first" in sorted(results)[0]
+    assert results.count("done") == 1
+    assert any("came first" in words for words in results)
     assert house.engine.status(name).ready == 1
     assert len(house.engine.revisions(name)) == 2
 

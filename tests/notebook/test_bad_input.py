@@ -1,10 +1,12 @@
 """Mistakes: each is refused before anything is deployed, names the variable and a next step, and leaves nothing behind."""
 
+# ruff: noqa: E501 - a cell is easier to read in as few lines as it has
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from nbdeploy.jobs import all_jobs
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ def test_an_answer_that_cannot_be_sent(book: Any) -> None:
     said = book.refusal("class Odd: pass\ndef predict(x): return Odd()", "deploy(predict, sample={'x': 1})")
     assert said.startswith("SampleError: What predict returns cannot be sent over HTTP")
     said = book.refusal("deploy(predict, sample={'x': Odd()})")
-    assert said.startswith("SampleError: The sample's x cannot be sent over HTTP")
+    assert said.startswith("SampleError: The sample's x cannot be sent over HTTP: a value of type Odd")
 
 
 def test_notebook_commands_inside_predict(book: Any) -> None:
@@ -128,6 +130,16 @@ def test_notebook_commands_inside_predict(book: Any) -> None:
         assert "subprocess" in said
     said = book.refusal("def predict(x):\n    display(x)\n    return x", "deploy(predict, sample={'x': 1})")
     assert said.startswith("CannotTravelError: predict uses 'display' (line 2: display(x)), which exists only inside")
+
+
+def test_a_module_edited_after_its_import(book: Any) -> None:
+    """The file that would travel is not the code that runs here: say so, and what to do."""
+    book.write("edited.py", "def f(x): return 1\n")
+    book.run("import edited\ndef predict(x): return edited.f(x)")
+    book.write("edited.py", "def f(x): return 2\n")
+    said = book.refusal("deploy(predict, sample={'x': 1})")
+    assert said.startswith("CannotTravelError: edited.py was edited after this notebook imported it: f in the file")
+    assert "importlib.reload(edited)" in said
 
 
 def test_bad_names_files_and_folders(book: Any) -> None:

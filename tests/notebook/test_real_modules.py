@@ -1,5 +1,6 @@
 """Files beside the notebook, variables of the first cell, and imports: what a notebook's folder does to it."""
 
+# ruff: noqa: E501 - a cell is easier to read in as few lines as it has
 from __future__ import annotations
 
 import sys

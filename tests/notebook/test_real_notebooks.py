@@ -1,5 +1,6 @@
 """What public notebooks do: models of any kind, passed in any way, in a namespace that has seen a day of work."""
 
+# ruff: noqa: E501 - a cell is easier to read in as few lines as it has
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,6 @@
 """Torch as notebooks use it: compiled, scripted, quantised, half precise, in train mode, out of transformers."""
 
+# ruff: noqa: E501 - a cell is easier to read in as few lines as it has
 from __future__ import annotations
 
 from typing import Any
@@ -38,7 +39,7 @@ def test_train_mode_with_dropout_is_said_and_not_switched(book: Any) -> None:
 
 
 def test_batch_norm_in_train_mode_changes_the_model_while_it_answers(book: Any) -> None:
-    """predict itself changes the model's statistics: what travels is the state before that, so answers agree."""
+    """Predict itself changes the model's statistics: what travels is the state before that, so answers agree."""
     card = book.deploy(
         "import torch\nfrom torch import nn\nnet = nn.BatchNorm1d(3000).train()\n"
         "def predict(net, x):\n    net(torch.arange(6000.).reshape(2, 3000)); return float(net.running_mean[5]) + x",

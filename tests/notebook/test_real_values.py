@@ -1,19 +1,25 @@
 """What goes in and comes out of predict in real notebooks, and the kinds of function it is."""
 
+# ruff: noqa: E501 - a cell is easier to read in as few lines as it has
 from __future__ import annotations
 
 from typing import Any
 
 
 def test_inputs_that_are_no_plain_json(book: Any) -> None:
-    """pydantic models, Enums, frames, images and bytes arrive as what the annotation or the sample says they are."""
+    """Pydantic models, Enums, frames, images and bytes arrive as what the annotation or the sample says they are."""
     book.run(
-        "import enum, pydantic, pandas\nfrom PIL import Image\n"
+        "import enum, numpy, pydantic, pandas\nfrom PIL import Image\n"
         "class Size(enum.Enum):\n    SMALL = 's'; LARGE = 'l'\n"
         "class Order(pydantic.BaseModel):\n    item: str\n    size: Size = Size.SMALL\n"
         "frame = pandas.DataFrame({'a': [1, 2], 'b': ['x', 'y']})\nimage = Image.new('RGB', (4, 3), 'red')"
     )
+    book.run(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Line:\n    size: Size\n    n: int = 1"
+    )
     cells = {
+        "def predict(line: Line): return [line.size.name, line.n]": "Line(Size.SMALL)",
+        "def predict(x, row): return [x, row]": "{'x': numpy.float32(0.5), 'row': list(numpy.ones(3, 'f4'))}",
         "def predict(order: Order): return [order.item, order.size.name]": "{'order': Order(item='hat', size=Size.LARGE)}",
         "def predict(order): return order.item": "{'order': Order(item='hat')}",
         "def predict(size: Size): return size is Size.LARGE": "{'size': Size.LARGE}",

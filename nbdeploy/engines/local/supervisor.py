@@ -8,6 +8,7 @@ import asyncio
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from nbdeploy_server import channel
 from nbdeploy.engines.local import orphans
 from nbdeploy.engines.local.layout import Layout
 from nbdeploy.engines.local.logfile import LogFile
+from nbdeploy.engines.local.refusal import refuse
 from nbdeploy.engines.local.replica import Replica, State
 from nbdeploy.process import Identity, resident
 from nbdeploy.spec import Phase, Revision
@@ -107,9 +109,9 @@ class Supervisor:
         self._close_listener()
         self._revision = None
         while self._waiting:
-            _refuse(self._waiting.popleft()[0])
+            refuse(self._waiting.popleft()[0])
         for replica in self._replicas:
-            replica.returned = _refuse
+            replica.returned = refuse
             replica.drain()
         await self._until_gone(list(self._replicas), 10.0)
         orphans.end()
@@ -178,7 +180,7 @@ class Supervisor:
             asyncio.get_running_loop().add_reader(listener, self._accept)
 
     def _hand(self, sock: socket.socket) -> None:
-        """Give a connection to the ready Replica with the fewest in flight, then the fewest connections, then in turn."""
+        """Give a connection to the ready Replica with the fewest in flight, then connections, then in turn."""
         for replica in sorted(self._serving(), key=lambda one: (one.inflight, one.connections, one.turn)):
             if replica.give(sock):
                 self._turns += 1
@@ -186,7 +188,7 @@ class Supervisor:
                 sock.close()
                 return
         if self._crashes >= GIVE_UP or self._stopping.is_set():
-            _refuse(sock)
+            refuse(sock)
         else:
             self._waiting.append((sock, time.monotonic()))
 
@@ -203,15 +205,13 @@ class Supervisor:
 
         A supervisor whose folder was removed, or whose deploy was killed before anything served, stops itself.
         """
-        ticks = 0
-        while True:
+        for ticks in itertools.count(1):
             await asyncio.sleep(0.25)
             now = time.monotonic()
             while self._waiting and now - self._waiting[0][1] > HOLD:
-                _refuse(self._waiting.popleft()[0])
+                refuse(self._waiting.popleft()[0])
             if self._waiting:
                 self._hand_waiting()
-            ticks += 1
             if ticks % 120 == 0:  # every 30 s
                 orphans.reap(replica.process.pid for replica in self._replicas)
             if not (self._layout.folder / "supervisor.json").exists():
@@ -494,33 +494,7 @@ class Supervisor:
         return Phase.STARTING, self._reason or self._applying or "restarting"
 
 
-_BODY = json.dumps(
-    {
-        "type": "about:blank",
-        "title": "Service Unavailable",
-        "status": 503,
-        "detail": "No Replica is ready. `nbdeploy status NAME` tells why.",
-    }
-).encode()
-_ANSWER = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n"
-    b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
-)
-
-
 def _short_folder() -> Path:
     """Make a folder for the control socket: the path of a Unix socket holds 108 bytes, a home or TMPDIR may not."""
     folder = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="nbdeploy-", dir=folder if len(os.fsencode(folder)) < SHORT else "/tmp"))  # noqa: S108 - mkdtemp makes it private
-
-
-def _refuse(sock: socket.socket) -> None:
-    """Answer 503 and close, reading what has come: closing with unread bytes would reset the answer away."""
-    with contextlib.suppress(OSError):
-        sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while sock.recv(65536):
-                pass
-        sock.send(_ANSWER)
-        sock.shutdown(socket.SHUT_WR)
-    sock.close()

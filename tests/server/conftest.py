@@ -1,0 +1,101 @@
+"""Real Replicas behind real sockets, for the tests of the server."""
+
+from __future__ import annotations
+
+import linecache
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from nbdeploy import capture
+from nbdeploy.bundle import Bundle
+from nbdeploy.engines.local.engine import LocalEngine
+from nbdeploy.engines.local.layout import Layout
+from nbdeploy.spec import Revision, Serving
+from nbdeploy.store import Store
+from tests.conftest import leftovers, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+CELL = "/tmp/ipykernel_7/1234.py"  # noqa: S108 - what ipykernel calls cells
+
+
+def cell(source: str, name: str = CELL) -> dict[str, Any]:
+    """Run source as a notebook cell and return the namespace."""
+    lines = source.splitlines(keepends=True)
+    linecache.cache[name] = (len(source), None, lines, name)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, name, "exec"), namespace)  # noqa: S102 - what a notebook does with a cell
+    return namespace
+
+
+@dataclass(frozen=True)
+class Served:
+    """One Endpoint of one Replica."""
+
+    home: Path
+    name: str
+    engine: LocalEngine
+    url: str
+    key: str
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rpartition(":")[2])
+
+    def client(self, **options: Any) -> httpx.Client:
+        """Return a client that shows the key."""
+        headers = {**({"authorization": f"Bearer {self.key}"} if self.key else {}), **options.pop("headers", {})}
+        return httpx.Client(base_url=self.url, headers=headers, trust_env=False, timeout=30.0, **options)
+
+    def post(self, arguments: Any, **options: Any) -> httpx.Response:
+        """Call it with JSON."""
+        with self.client() as client:
+            return client.post("/predict", json=arguments, **options)
+
+    def metrics(self) -> str:
+        """Return the Prometheus text of its Replica."""
+        return next(iter(self.engine.scrape(self.name).values()))
+
+    def logs(self) -> str:
+        """Return all that it has printed."""
+        return "\n".join(self.engine.logs(self.name, follow=False))
+
+    def inflight(self) -> int:
+        """Return how many requests run or wait."""
+        return self.engine.status(self.name).in_flight
+
+    def supervisor(self) -> int:
+        """Return the supervisor's process id."""
+        record = Layout(self.home, self.name).supervisor()
+        assert record is not None
+        return record.identity.pid
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
+    """Capture functions of a cell and serve them; each Endpoint lives as long as the module's tests."""
+    home = tmp_path_factory.mktemp("home")
+    engine = LocalEngine(home)
+    made: dict[str, Served] = {}
+
+    def start(name: str, source: str, sample: Any = capture.arguments.MISSING, **serving: Any) -> Served:
+        if name not in made:
+            store = Store(home / "store")
+            predict = cell(source)["predict"]
+            taken = capture.take(capture.Request(predict=predict, sample=sample, folder=home), store)
+            digest = store.put_bundle(taken.manifest)
+            revision = Revision(name, 1, digest, serving=Serving(**serving))
+            status = engine.apply(revision, Bundle(store, digest), lambda _words, _data: None)
+            made[name] = Served(home, name, engine, status.url, engine.key(name))
+        return made[name]
+
+    yield start
+    for name in made:
+        engine.delete(name)
+    wait_until(lambda: not leftovers(home), 15.0)

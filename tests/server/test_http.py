@@ -1,0 +1,890 @@
+"""The HTTP interface of a Replica, asked through real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+from nbdeploy_server import wire
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.conftest import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.server.conftest import Served
+
+PACKED = "application/vnd.nbdeploy+msgpack"
+PROBLEM = "application/problem+json"
+PAGE = "http://page.example"
+
+SQUARE = """
+def predict(input: float) -> dict:
+    return {"output": input * input}
+"""
+
+WORK = '''
+import os, time
+
+def deeper(message):
+    raise ValueError(message)
+
+def predict(action: str, value=None, path: str = ""):
+    """Do what a test asks for."""
+    if path:
+        with open(path, "a") as file:
+            file.write(action + "\\n")
+    if action == "sleep":
+        time.sleep(value)
+    elif action == "spin":
+        end = time.perf_counter() + value
+        while time.perf_counter() < end:
+            pass
+    elif action == "raise":
+        deeper(value)
+    elif action == "print":
+        print(value)
+    elif action == "exit":
+        raise SystemExit(3)
+    elif action == "unsendable":
+        return open(os.devnull)
+    return value
+'''
+
+TOKENS = '''
+import time
+
+def predict(items: list, fail_at: int = -1, wait: float = 0.0, path: str = ""):
+    """Give items one by one."""
+    try:
+        for at, item in enumerate(items):
+            if at == fail_at:
+                raise RuntimeError("broke")
+            if wait and at:
+                time.sleep(wait)
+            yield item
+    finally:
+        if path:
+            with open(path, "w") as file:
+                file.write("closed")
+'''
+
+NAP = """
+import asyncio
+
+async def predict(seconds: float, path: str = "") -> float:
+    try:
+        await asyncio.sleep(seconds)
+    except asyncio.CancelledError:
+        with open(path or "/dev/null", "w") as file:
+            file.write("cancelled")
+        raise
+    return seconds
+"""
+
+TICKS = """
+import asyncio
+
+async def predict(count: int, wait: float = 0.0, path: str = ""):
+    try:
+        for number in range(count):
+            await asyncio.sleep(wait)
+            yield number
+    finally:
+        if path:
+            with open(path, "w") as file:
+                file.write("closed")
+"""
+
+
+@pytest.fixture
+def square(serve: Callable[..., Served]) -> Served:
+    """A function with a key and one allowed page."""
+    return serve("square", SQUARE, {"input": 4.0}, cors=(PAGE,))
+
+
+@pytest.fixture
+def work(serve: Callable[..., Served]) -> Served:
+    """A function that sleeps, spins, raises; two may wait."""
+    return serve("work", WORK, queue=2, timeout=2.0)
+
+
+@pytest.fixture
+def tokens(serve: Callable[..., Served]) -> Served:
+    """A generator."""
+    return serve("tokens", TOKENS, {"items": ["a", "b"]}, timeout=3.0)
+
+
+@pytest.fixture
+def public(serve: Callable[..., Served]) -> Served:
+    """An Endpoint without a key."""
+    return serve("public", SQUARE, {"input": 7.25}, public=True)
+
+
+def raw(served: Served, data: bytes) -> socket.socket:
+    """Send bytes on a new connection."""
+    sock = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+    sock.sendall(data)
+    return sock
+
+
+def request(served: Served, body: bytes, *lines: str, method: str = "POST", path: str = "/predict") -> bytes:
+    """Return a request as bytes."""
+    head = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {served.key}", *lines]
+    if not any(line.lower().startswith(("content-length", "transfer-encoding")) for line in lines):
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def answers(sock: socket.socket, count: int = 1) -> list[tuple[int, dict[str, str], bytes]]:
+    """Read so many answers with Content-Length from a connection."""
+    found, rest = [], b""
+    while len(found) < count:
+        while b"\r\n\r\n" not in rest:
+            data = sock.recv(65536)
+            assert data, f"the connection ended after {len(found)} answers with {rest!r}"
+            rest += data
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        status, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        size = int(headers.get("content-length", 0))
+        while len(rest) < size:
+            rest += sock.recv(65536)
+        found.append((int(status.split()[1]), headers, rest[:size]))
+        rest = rest[size:]
+    return found
+
+
+def counters(served: Served) -> dict[str, float]:
+    """Return the metrics as {"name{label}": value}."""
+    rows = {}
+    for family in text_string_to_metric_families(served.metrics()):
+        for one in family.samples:
+            labels = ",".join(one.labels.values())
+            rows[one.name + (f"{{{labels}}}" if labels else "")] = one.value
+    return rows
+
+
+@contextmanager
+def running(served: Served, *calls: dict[str, Any]) -> Iterator[list[Any]]:
+    """Keep calls in flight while the block runs; yields their futures."""
+    with ThreadPoolExecutor(max(1, len(calls))) as pool:
+        before = served.inflight()
+        futures = []
+        for number, call in enumerate(calls, 1):
+            futures.append(pool.submit(served.post, call))
+            wait_until(lambda wanted=before + number: served.inflight() >= wanted)
+        yield futures
+
+
+# -- types of body and answer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "application/json", "text/html, application/*;q=0.8"])
+def test_json_in_json_out(square: Served, accept: str | None) -> None:
+    """JSON is answered with JSON, and that is the default."""
+    with square.client() as client:
+        headers = {"accept": accept} if accept else {}
+        answer = client.post("/predict", json={"input": 4.0}, headers=headers)
+    assert (answer.status_code, answer.json()) == (200, {"output": 16.0})
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-nbdeploy-revision"] == "1"
+
+
+@pytest.mark.parametrize("body", ["json", "packed"])
+@pytest.mark.parametrize("accept", ["json", "packed"])
+def test_types_mix_by_accept(work: Served, body: str, accept: str) -> None:
+    """The type of the body and that of the answer are chosen apart from each other."""
+    call = {"action": "echo", "value": {"a": [1, 2.5, None, "ä"]}}
+    kinds = {"json": "application/json", "packed": PACKED}
+    with work.client() as client:
+        answer = client.post(
+            "/predict",
+            content=json.dumps(call).encode() if body == "json" else wire.pack(call),
+            headers={"content-type": kinds[body] + "; charset=utf-8", "accept": kinds[accept]},
+        )
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == kinds[accept]
+    read = json.loads if accept == "json" else wire.unpack
+    assert read(answer.content) == call["value"]
+
+
+def test_arrays_come_back_as_themselves(work: Served) -> None:
+    """What is packed keeps dtype and shape, below and above the size that is decoded in the lane."""
+    for shape in ((3, 2), (1000, 100)):
+        array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        with work.client(headers={"content-type": PACKED, "accept": PACKED}) as client:
+            answer = client.post("/predict", content=wire.pack({"action": "echo", "value": array}))
+        back = wire.unpack(answer.content)
+        assert back.dtype == np.float32
+        assert np.array_equal(back, array)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-type": "application/x-pickle"}, 415),
+        ({"content-type": "application/json", "accept": "image/png"}, 406),
+        ({"content-type": "application/json", "accept": "text/event-stream"}, 406),
+    ],
+)
+def test_wrong_types_are_answered_with_a_curl_line_that_works(
+    square: Served, headers: dict[str, str], status: int
+) -> None:
+    """415 and 406 carry a command that, pasted into a shell of this machine, answers."""
+    with square.client(headers=headers) as client:
+        answer = client.post("/predict", content=b"{}")
+    assert answer.status_code == status
+    line = answer.json()["detail"].partition("Try: ")[2]
+    assert line.startswith("curl ")
+    if shutil.which("curl") is None:
+        pytest.skip("no curl here")
+    scripts = Path(sys.executable).parent
+    environment = {
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "NBDEPLOY_HOME": str(square.home),
+        "HOME": str(square.home),
+    }
+    done = subprocess.run(["/bin/sh", "-c", line], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"output": 16.0}
+
+
+# -- who may ask -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["Bearer {}", "bearer {}", "X-API-Key"])
+def test_key_in_either_header(square: Served, scheme: str) -> None:
+    """`Authorization: Bearer` and `X-API-Key` both open."""
+    headers = {"x-api-key": square.key} if scheme == "X-API-Key" else {"authorization": scheme.format(square.key)}
+    answer = httpx.post(f"{square.url}/predict", json={"input": 2}, headers=headers, trust_env=False)
+    assert answer.json() == {"output": 4.0}
+
+
+def test_no_key_and_wrong_keys_look_alike(square: Served) -> None:
+    """401 with a constant body for every wrong key, however near; nothing of what was sent is repeated."""
+    wrong = ["x", square.key[:-1], square.key + "x", square.key.swapcase(), "ключ".encode().decode("latin-1")]
+    bodies = set()
+    for key in wrong:
+        with raw(square, request(square, b"{}").replace(square.key.encode(), key.encode("latin-1"))) as sock:
+            ((status, headers, body),) = answers(sock)
+        assert (status, headers["www-authenticate"], headers["content-type"]) == (401, "Bearer", PROBLEM)
+        bodies.add(body)
+    assert len(bodies) == 1
+    answer = httpx.post(f"{square.url}/predict", json={"input": 2}, trust_env=False)
+    assert answer.status_code == 401
+    assert "wants a key" in answer.json()["detail"]
+
+
+def test_public_endpoint_answers_local_names_only(public: Served) -> None:
+    """Without a key, a page that made its own name point here reads nothing, the sample included."""
+    with public.client() as client:
+        assert client.post("/predict", json={"input": 3}).json() == {"output": 9.0}
+        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::2]"):
+            for method, path in (("POST", "/predict"), ("GET", "/openapi.json"), ("GET", "/docs")):
+                answer = client.request(method, path, content=b'{"input": 3}', headers={"host": host})
+                assert answer.status_code == 403, (host, path)
+                assert "7.25" not in answer.text
+        for host in ("localhost:8888", "127.0.0.1", "[::1]:80"):
+            assert client.post("/predict", json={"input": 3}, headers={"host": host}).status_code == 200
+
+
+def test_public_endpoint_refuses_other_pages(public: Served) -> None:
+    """Without a key, a page of another origin cannot call; the Endpoint's own /docs can."""
+    with public.client() as client:
+        for origin in ("http://evil.example", "http://localhost:8888", "null"):
+            assert client.post("/predict", json={"input": 3}, headers={"origin": origin}).status_code == 403
+        assert client.post("/predict", json={"input": 3}, headers={"origin": public.url}).status_code == 200
+
+
+def test_cors(square: Served) -> None:
+    """An allowed page gets its preflight and its header, on errors too; another page gets neither."""
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+    with httpx.Client(base_url=square.url, trust_env=False) as client:
+        allowed = client.options("/predict", headers={"origin": PAGE, **asks})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == PAGE
+        assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        other = client.options("/predict", headers={"origin": "http://evil.example", **asks})
+        assert "access-control-allow-origin" not in other.headers
+        for key in (square.key, "wrong"):
+            headers = {"authorization": f"Bearer {key}", "origin": PAGE}
+            answer = client.post("/predict", json={"input": 2}, headers=headers)
+            assert answer.headers.get_list("access-control-allow-origin") == [PAGE]
+            assert answer.headers["vary"] == "origin"
+        headers = {"authorization": f"Bearer {square.key}", "origin": "http://evil.example"}
+        assert "access-control-allow-origin" not in client.post("/predict", json={"input": 2}, headers=headers).headers
+
+
+def test_key_is_nowhere(square: Served) -> None:
+    """The key is in no log, command line, environment or file that others can read."""
+    key = square.key.encode()
+    square.post({"input": 1})
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            for part in ("cmdline", "environ"):
+                try:
+                    text = (entry / part).read_bytes()
+                except OSError:
+                    continue
+                assert key not in text, f"{part} of {entry.name}"
+    for path in square.home.rglob("*"):
+        if path.is_file() and key in path.read_bytes():
+            assert path.name == "key"
+            assert path.stat().st_mode & 0o077 == 0
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "not valid JSON"),
+        (b"{", 400, "not valid JSON"),
+        (b'{"input": NaN}', 400, "not valid JSON"),
+        (b'{"input": 1} x', 400, "not valid JSON"),
+        (b'{"input": "\xff"}', 400, "not valid JSON"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b"[1]", 422, "must be an object with input"),
+        (b"{}", 422, "input is missing"),
+        (b'{"input": "4711"}', 422, "input must be"),
+        (b'{"input": 4, "inptu": 4711}', 422, "inptu is not known; there is input"),
+    ],
+)
+def test_bodies_that_do_not_fit(square: Served, body: bytes, status: int, words: str) -> None:
+    """A broken body is 400, one that does not fit the Signature 422, in words and without its values."""
+    with square.client(headers={"content-type": "application/json"}) as client:
+        answer = client.post("/predict", content=body)
+    problem = answer.json()
+    assert answer.headers["content-type"] == PROBLEM
+    assert (answer.status_code, problem["status"]) == (status, status)
+    assert words in problem["detail"]
+    assert {"type", "title", "status", "detail"} <= problem.keys()
+    assert "4711" not in answer.text
+
+
+def test_every_parameter_at_fault_is_named(work: Served) -> None:
+    """422 names all parameters that are missing, mistyped or unknown."""
+    answer = work.post({"path": 1, "other": 2})
+    assert answer.status_code == 422
+    assert [row["parameter"] for row in answer.json()["errors"]] == ["action", "path", "other"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/predict", 405),
+        ("HEAD", "/predict", 405),
+        ("PUT", "/predict", 405),
+        ("GET", "/nothing", 404),
+        ("POST", "/predict/", 404),
+        ("GET", "/docs/assets/../../../etc/passwd", 404),
+        ("GET", "/docs/assets/%2e%2e/%2e%2e/__init__.py", 404),
+        ("GET", "/metrics", 404),
+    ],
+)
+def test_other_routes(square: Served, method: str, path: str, status: int) -> None:
+    """Unknown paths and methods get a problem that says what there is."""
+    with raw(square, request(square, b"", "Connection: close", method=method, path=path)) as sock:
+        data = b"".join(iter(lambda: sock.recv(65536), b""))
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert PROBLEM.encode() in head
+    assert b"x-request-id: " in head
+    if method != "HEAD":
+        assert b"/predict" in body
+
+
+def test_large_body_is_refused_by_its_length(square: Served) -> None:
+    """100 MB get their 413 and no reset, the Replica's memory does not grow, and the next request is answered."""
+    square.post({"input": 1})
+    before = square.engine.status("square").memory_bytes
+    with raw(square, request(square, b"", f"Content-Length: {100 << 20}", "Content-Type: application/json")) as sock:
+        ((status, _headers, body),) = answers(sock)
+        assert (status, b"larger than 64 MiB" in body) == (413, True)
+    with square.client() as client:
+        chunk = bytes(1 << 20)
+        answer = client.post("/predict", content=b"".join([chunk] * 100), headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+        assert client.post("/predict", json={"input": 2}).json() == {"output": 4.0}
+    assert square.engine.status("square").memory_bytes - before < 16 << 20
+
+
+def test_large_chunked_body_is_refused_as_it_comes(square: Served) -> None:
+    """Without a length the body is read up to the limit, then refused."""
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(80):
+            yield bytes(1 << 20)
+
+    with square.client() as client:
+        answer = client.post("/predict", content=endless(), headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+        assert client.post("/predict", json={"input": 2}).json() == {"output": 4.0}
+
+
+# -- what predict does -------------------------------------------------------------------------------------------------
+
+
+def test_predict_raises(work: Served) -> None:
+    """500 carries type, message and the notebook's own lines; the log has them too."""
+    answer = work.post({"action": "raise", "value": "no such thing"})
+    problem = answer.json()
+    assert answer.status_code == 500
+    assert problem["exception"] == "ValueError"
+    assert problem["detail"] == "predict raised ValueError: no such thing"
+    assert any("raise ValueError(message)" in line for line in problem["traceback"])
+    assert not any("nbdeploy_server" in line or "site-packages" in line for line in problem["traceback"])
+    wait_until(lambda: "no such thing" in work.logs())
+    assert work.post({"action": "exit"}).json()["exception"] == "SystemExit"
+    assert work.post({"action": "unsendable"}).status_code == 500
+    assert work.post({"action": "echo", "value": 1}).json() == 1
+
+
+def test_what_predict_prints_is_in_the_logs(work: Served) -> None:
+    """Standard output reaches the logs at once."""
+    work.post({"action": "print", "value": "said by predict"})
+    wait_until(lambda: "said by predict" in work.logs(), 5.0)
+
+
+def test_timeout_keeps_the_slot(work: Served, tmp_path: Path) -> None:
+    """504 comes in time; the next call starts only when the late one is really done."""
+    began = time.monotonic()
+    late = work.post({"action": "sleep", "value": 3.0})
+    assert late.status_code == 504
+    assert 1.9 < time.monotonic() - began < 2.8
+    assert "--timeout" in late.json()["detail"]
+    assert work.inflight() == 1
+    assert work.post({"action": "echo", "value": 1}).json() == 1
+    assert time.monotonic() - began > 2.95
+    assert counters(work)["nbdeploy_abandoned_total{timeout}"] >= 1
+
+
+def test_full_queue(work: Served) -> None:
+    """One runs, two wait, the next gets 429 with the time after which to try again."""
+    slow = {"action": "sleep", "value": 0.6}
+    with running(work, slow, slow, slow) as futures:
+        answer = work.post({"action": "echo"})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "queue is full" in answer.json()["detail"]
+        rows = counters(work)
+        assert (rows["nbdeploy_inflight"], rows["nbdeploy_running"], rows["nbdeploy_queued"]) == (3, 1, 2)
+        assert [future.result().status_code for future in futures] == [200] * 3
+    wait_until(lambda: work.inflight() == 0)
+    assert counters(work)["nbdeploy_rejected_total{queue_full}"] >= 1
+
+
+def test_caller_that_left_is_not_worked_for(work: Served, tmp_path: Path) -> None:
+    """A queued call whose caller left never runs, and delays nobody."""
+    path = tmp_path / "ran"
+    body = json.dumps({"action": "sleep", "value": 1.5, "path": str(path)}).encode()
+    with running(work, {"action": "sleep", "value": 0.7}):
+        gone = raw(work, request(work, body, "Content-Type: application/json"))
+        wait_until(lambda: work.inflight() == 2)
+        gone.close()
+        began = time.monotonic()
+        assert work.post({"action": "echo", "value": 5}).json() == 5
+        assert time.monotonic() - began < 1.3
+    assert not path.exists()
+    rows = counters(work)
+    assert rows["nbdeploy_abandoned_total{queued}"] >= 1
+    assert rows["nbdeploy_requests_total{499}"] >= 1
+
+
+def test_probes_answer_while_predict_spins(work: Served) -> None:
+    """Pure Python in the model thread does not hold up health checks, nor the refusal of wrong keys."""
+    with running(work, {"action": "spin", "value": 1.2}), httpx.Client(base_url=work.url, trust_env=False) as client:
+        for path in ("/livez", "/readyz", "/livez"):
+            began = time.perf_counter()
+            assert client.get(path).status_code == 200
+            assert time.perf_counter() - began < 0.3
+        assert client.post("/predict", json={}).status_code == 401
+
+
+def test_concurrent_coroutines(serve: Callable[..., Served]) -> None:
+    """32 sleeping calls of an async function take about as long as one."""
+    nap = serve("nap", NAP, {"seconds": 0.0}, timeout=2.0)
+    with nap.client(limits=httpx.Limits(max_connections=40)) as client, ThreadPoolExecutor(32) as pool:
+        began = time.perf_counter()
+        done = list(pool.map(lambda _: client.post("/predict", json={"seconds": 0.5}).json(), range(32)))
+        assert time.perf_counter() - began < 1.5
+    assert done == [0.5] * 32
+
+
+def test_coroutine_is_cancelled_when_nobody_waits(serve: Callable[..., Served], tmp_path: Path) -> None:
+    """A coroutine over its time, or whose caller left, is cancelled at its next await."""
+    nap = serve("nap", NAP, {"seconds": 0.0}, timeout=2.0)
+    late, left = tmp_path / "late", tmp_path / "left"
+    body = json.dumps({"seconds": 30, "path": str(left)}).encode()
+    gone = raw(nap, request(nap, body, "Content-Type: application/json"))
+    wait_until(lambda: nap.inflight() == 1)
+    gone.close()
+    wait_until(left.exists, 3.0)
+    assert nap.post({"seconds": 30, "path": str(late)}).status_code == 504
+    wait_until(late.exists, 3.0)
+    wait_until(lambda: nap.inflight() == 0)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+ITEMS = ["a", "", "line\nbreak", "ü", 1.5, None, {"k": [1]}]
+
+
+def test_stream_as_a_list(tokens: Served) -> None:
+    """A caller that asks for JSON gets the items of a generator as a list."""
+    assert tokens.post({"items": ITEMS}).json() == ITEMS
+
+
+def test_stream_as_events(tokens: Served) -> None:
+    """Server-sent events: one per item, empty texts included, and an end that can be told from a break."""
+    answer = tokens.post({"items": ITEMS}, headers={"accept": "text/event-stream"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    *events, end, empty = answer.text.split("\n\n")
+    assert [json.loads(event.removeprefix("data: ")) for event in events] == ITEMS
+    assert (end, empty) == ("event: end\ndata: {}", "")
+
+
+def test_stream_as_lines(tokens: Served) -> None:
+    """NDJSON: a line per item."""
+    answer = tokens.post({"items": ITEMS}, headers={"accept": "application/x-ndjson"})
+    assert [json.loads(line) for line in answer.text.splitlines()] == ITEMS
+
+
+def frames(data: bytes) -> list[tuple[int, bytes]]:
+    """Cut a packed stream into tags and payloads."""
+    found, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at + 1 : at + 5], "big")
+        found.append((data[at], data[at + 5 : at + 5 + size]))
+        at += 5 + size
+    return found
+
+
+def test_stream_packed(tokens: Served) -> None:
+    """What `connect` reads: tagged frames, the last one says that the stream is whole."""
+    answer = tokens.post({"items": ITEMS}, headers={"accept": PACKED + "-seq"})
+    *items, end = frames(answer.content)
+    assert [tag for tag, _ in items] == [0] * len(ITEMS)
+    assert [wire.unpack(payload) for _, payload in items] == ITEMS
+    assert end == (2, b"")
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "application/x-ndjson", PACKED + "-seq"])
+def test_error_in_the_middle_of_a_stream(tokens: Served, accept: str) -> None:
+    """Items that came before stay; the error comes as the last event in the stream's own form."""
+    answer = tokens.post({"items": ["a", "b"], "fail_at": 1}, headers={"accept": accept})
+    assert answer.status_code == 200
+    if accept.endswith("-seq"):
+        (_, first), (tag, last) = frames(answer.content)
+        assert (wire.unpack(first), tag) == ("a", 1)
+    elif accept.endswith("ndjson"):
+        first, last = answer.text.splitlines()
+        last = json.dumps(json.loads(last)["error"])
+    else:
+        first, last, _ = answer.text.split("\n\n")
+        assert last.startswith("event: error\ndata: ")
+        last = last.removeprefix("event: error\ndata: ")
+    assert json.loads(last)["detail"] == "predict raised RuntimeError: broke"
+
+
+def test_error_before_the_first_item_has_its_own_status(tokens: Served) -> None:
+    """Nothing is sent before the first item, so a failing generator is a plain 500."""
+    answer = tokens.post({"items": ["a"], "fail_at": 0}, headers={"accept": "text/event-stream"})
+    assert answer.status_code == 500
+    assert answer.headers["content-type"] == PROBLEM
+    assert tokens.post({"items": 5}, headers={"accept": "text/event-stream"}).status_code == 422
+
+
+def test_empty_stream(tokens: Served) -> None:
+    """A generator without items is an empty, whole stream."""
+    assert tokens.post({"items": []}).json() == []
+    assert frames(tokens.post({"items": []}, headers={"accept": PACKED + "-seq"}).content) == [(2, b"")]
+
+
+def test_items_come_as_they_are_made(tokens: Served) -> None:
+    """The first item is there while the generator still works on the second."""
+    with tokens.client(headers={"accept": "application/x-ndjson"}) as client:
+        began = time.perf_counter()
+        with client.stream("POST", "/predict", json={"items": [1, 2], "wait": 0.6}) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "1"
+            assert time.perf_counter() - began < 0.5
+            assert next(lines) == "2"
+
+
+@pytest.mark.parametrize("name", ["tokens", "ticks"])
+def test_caller_that_leaves_a_stream_closes_it(serve: Callable[..., Served], name: str, tmp_path: Path) -> None:
+    """The generator is closed where it stands, its `finally` runs, and the slot is free."""
+    path = tmp_path / "closed"
+    if name == "tokens":
+        served = serve("tokens", TOKENS, {"items": ["a", "b"]}, timeout=3.0)
+        call = {"items": list(range(1000)), "wait": 0.02, "path": str(path)}
+    else:
+        served = serve("ticks", TICKS, {"count": 2}, timeout=3.0)
+        call = {"count": 1000, "wait": 0.02, "path": str(path)}
+    with served.client(headers={"accept": "application/x-ndjson"}) as client:
+        with client.stream("POST", "/predict", json=call) as answer:
+            next(answer.iter_lines())
+        wait_until(path.exists, 2.5)
+    wait_until(lambda: served.inflight() == 0)
+
+
+def test_stream_over_its_time_ends_with_an_error(tokens: Served, tmp_path: Path) -> None:
+    """A stream that goes on past the timeout is ended, in its own form."""
+    path = tmp_path / "closed"
+    call = {"items": list(range(100)), "wait": 0.1, "path": str(path)}
+    answer = tokens.post(call, headers={"accept": "application/x-ndjson"})
+    assert json.loads(answer.text.splitlines()[-1])["error"]["status"] == 504
+    wait_until(path.exists, 2.0)
+
+
+def test_async_generator(serve: Callable[..., Served]) -> None:
+    """Async generators stream, many at once."""
+    ticks = serve("ticks", TICKS, {"count": 2}, timeout=3.0)
+    with ThreadPoolExecutor(16) as pool:
+        began = time.perf_counter()
+        done = list(pool.map(lambda _: ticks.post({"count": 5, "wait": 0.1}).json(), range(16)))
+        assert time.perf_counter() - began < 2.0
+    assert done == [[0, 1, 2, 3, 4]] * 16
+
+
+# -- pages, headers, connections ---------------------------------------------------------------------------------------
+
+
+def test_probes(square: Served) -> None:
+    """Open, and /readyz tells phase and for how long."""
+    with httpx.Client(base_url=square.url, trust_env=False) as client:
+        assert client.get("/livez").json() == {"status": "live"}
+        ready = client.get("/readyz").json()
+    assert ready["phase"] == "ready"
+    assert ready["seconds"] >= 0
+
+
+def test_openapi_document(square: Served) -> None:
+    """Valid in structure, declares the key, and shows the sample only to whoever has the key."""
+    with httpx.Client(base_url=square.url, trust_env=False) as client:
+        open_text = client.get("/openapi.json").text
+        keyed = client.get("/openapi.json", headers={"x-api-key": square.key}).json()
+        wrong = client.get("/openapi.json", headers={"x-api-key": "wrong"}).text
+    document = json.loads(open_text)
+    assert wrong == open_text
+    assert document["openapi"].startswith("3.")
+    assert document["info"]["title"] == "square"
+    operation = document["paths"]["/predict"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["input"]["type"] == "number"
+    assert schema["required"] == ["input"]
+    schemes = document["components"]["securitySchemes"]
+    assert {name for row in operation["security"] for name in row} == set(schemes)
+    assert {"200", "401", "413", "422", "429", "500", "503", "504"} <= operation["responses"].keys()
+    assert all("description" in response for response in operation["responses"].values())
+    assert "4.0" not in open_text
+    example = keyed["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    assert example == {"input": 4.0}
+    for reference in re.findall(r'"\$ref": ?"#/([^"]+)"', json.dumps(keyed)):
+        node = keyed
+        for part in reference.split("/"):
+            node = node[part]
+
+
+def test_docs_come_from_a_package(square: Served) -> None:
+    """The documentation page loads nothing from elsewhere."""
+    with httpx.Client(base_url=square.url, trust_env=False) as client:
+        page = client.get("/docs").text
+        links = re.findall(r'(?:src|href)="([^"]+)"', page)
+        assert links
+        for link in links:
+            assert not link.startswith(("http:", "https:", "//"))
+            assert client.get("/" + link).status_code == 200
+    assert not re.search(r"https?://", page)
+
+
+def test_request_id(square: Served) -> None:
+    """A caller's id comes back, a missing one is made, a hostile one is not repeated; errors carry one as well."""
+    with square.client() as client:
+        given = client.post("/predict", json={"input": 1}, headers={"x-request-id": "my-id 1"})
+        assert given.headers["x-request-id"] == "my-id 1"
+        made = [client.post("/predict", json={"input": 1}).headers["x-request-id"] for _ in range(2)]
+        assert made[0] != made[1]
+        for hostile in (b"x" * 500, b"\xff\xfe", b"a\tb", b""):
+            back = client.post("/predict", json={"input": 1}, headers=[(b"x-request-id", hostile)])
+            assert back.headers["x-request-id"].encode("latin-1") not in {hostile, b""}
+        assert client.get("/nothing", headers={"x-request-id": "n"}).headers["x-request-id"] == "n"
+        assert client.post("/predict", json={}, headers={"x-request-id": "e"}).headers["x-request-id"] == "e"
+
+
+def test_server_timing(work: Served) -> None:
+    """Milliseconds of queue, decode, predict and encode, and the size of the batch."""
+    text = work.post({"action": "sleep", "value": 0.2}).headers["server-timing"]
+    found = dict(re.findall(r"(\w+);(?:dur|desc)=([\d.]+)", text))
+    assert list(found) == ["queue", "decode", "predict", "encode", "batch"]
+    assert 200 <= float(found["predict"]) < 1000
+    assert all(0 <= float(found[name]) < 500 for name in ("queue", "decode", "encode"))
+    assert "dur=" in work.post({}).headers["server-timing"]
+
+
+def test_connections_are_kept(square: Served) -> None:
+    """Many requests on one connection, errors between them; HTTP/1.0 and `close` end it."""
+    good, bad = request(square, b'{"input": 3}'), request(square, b"{")
+    with raw(square, b"") as sock:
+        for data, status in ((good, 200), (bad, 400), (good, 200)):
+            sock.sendall(data)
+            assert answers(sock)[0][0] == status
+    for closing in (good.replace(b"HTTP/1.1", b"HTTP/1.0"), request(square, b'{"input": 3}', "Connection: close")):
+        with raw(square, closing) as sock:
+            data = b"".join(iter(lambda sock=sock: sock.recv(65536), b""))
+        assert data.endswith(b'{"output":9.0}')
+
+
+def test_pipelined_requests(square: Served) -> None:
+    """Requests sent without waiting are answered in their order."""
+    with raw(square, b"".join(request(square, b'{"input": %d}' % number) for number in range(20))) as sock:
+        found = answers(sock, 20)
+    assert [json.loads(body)["output"] for _, _, body in found] == [float(n * n) for n in range(20)]
+
+
+def test_body_in_pieces(square: Served) -> None:
+    """A body that comes byte by byte, chunked, or after 100-continue is one body."""
+    data = request(square, b'{"input": 3}')
+    with raw(square, b"") as sock:
+        for at in range(len(data)):
+            sock.sendall(data[at : at + 1])
+        assert answers(sock)[0][2] == b'{"output":9.0}'
+    with square.client() as client:
+        assert client.post("/predict", content=iter([b'{"inp', b'ut": 3}'])).json() == {"output": 9.0}
+    with raw(square, request(square, b"", "Content-Length: 12", "Expect: 100-continue")) as sock:
+        assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(b'{"input": 3}')
+        assert answers(sock)[0][2] == b'{"output":9.0}'
+
+
+def test_half_a_request_is_forgotten(square: Served) -> None:
+    """A caller that leaves in the middle of head or body leaves nothing behind."""
+    for data in (b"POST /pre", request(square, b'{"in', "Content-Length: 100")):
+        raw(square, data).close()
+    assert square.post({"input": 2}).json() == {"output": 4.0}
+    wait_until(lambda: square.inflight() == 0)
+
+
+def test_metrics_count_what_happened(square: Served) -> None:
+    """Statuses, refusals and durations are counted; probes and pages are not."""
+    before = counters(square)
+    with square.client() as client:
+        for body in ({"input": 1}, {"input": 1}, {}):
+            client.post("/predict", json=body)
+        client.get("/livez")
+        client.get("/docs")
+        client.post("/predict", json={}, headers={"authorization": "Bearer no"})
+    after = counters(square)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["nbdeploy_requests_total{200}"] == 2
+    assert grown["nbdeploy_requests_total{422}"] == 1
+    assert grown["nbdeploy_requests_total{401}"] == 1
+    assert grown["nbdeploy_rejected_total{key}"] == 1
+    assert grown["nbdeploy_request_seconds_count"] == 4
+    assert grown["nbdeploy_predict_seconds_count"] == 2
+    assert after["nbdeploy_inflight"] == 0
+
+
+def test_front_and_fastapi_route_agree(tmp_path: Path) -> None:
+    """FastAPI's own /predict gives the same status and body as the front, whatever is sent."""
+    from nbdeploy_server.app import build
+    from nbdeploy_server.decode import Decoder
+    from nbdeploy_server.front import Front
+    from nbdeploy_server.metrics import Metrics
+    from nbdeploy_server.predictor import Predictor
+    from nbdeploy_server.settings import ReplicaSettings
+    from nbdeploy_server.signature import infer
+
+    def predict(input: float) -> dict[str, float]:  # noqa: A002 - the name in the request
+        if input < 0:
+            raise ValueError("negative")
+        return {"output": input * input}
+
+    signature, types = infer(predict, sample={"input": 4.0})
+    decoder = Decoder(signature, types)
+    predictor = Predictor(
+        predict, "function", signature, decoder, wire.pack({"arguments": {"input": 4.0}}), 16.0, 0, True
+    )
+    settings = ReplicaSettings("", "", "", "square", 1, hashlib.sha256(b"k").hexdigest(), cors=(PAGE,))
+    asks: list[tuple[bytes, dict[str, str]]] = [
+        (b'{"input": 4}', {}),
+        (b'{"input": 4}', {"accept": PACKED}),
+        (b'{"input": 4}', {"origin": PAGE}),
+        (b'{"input": -4}', {}),
+        (b'{"input": "a"}', {}),
+        (b'{"input": ', {}),
+        (b"", {}),
+        (b"[]", {}),
+        (b"[" * 5000, {}),
+        (b'{"input": 4}' + b" " * (1 << 20), {}),
+        (bytes(70 << 20), {}),
+        (b'{"input": 4}', {"content-type": "text/csv"}),
+        (b'{"input": 4}', {"accept": "image/png"}),
+        (b'{"input": 4}', {"authorization": "Bearer wrong"}),
+        (wire.pack({"input": 4}), {"content-type": PACKED, "accept": PACKED}),
+    ]
+
+    async def ask_both() -> list[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        lane = predictor.lane(0)
+        front = Front(predictor, lane, settings, Metrics(lane.concurrency))
+        front.app = build(front)
+        front.start()
+        front.ready = True
+        rows = []
+        names = ("content-type", "www-authenticate", "access-control-allow-origin")
+        for body, headers in asks:
+            row = []
+            for app in (front, front.app):
+                transport = httpx.ASGITransport(app=app)
+                async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                    sent = {"authorization": "Bearer k", "content-type": "application/json", **headers}
+                    answer = await client.post("/predict", content=body, headers=sent)
+                shown = {name: answer.headers.get_list(name) for name in names}
+                row.append((answer.status_code, answer.content, shown))
+            rows.append(tuple(row))
+        return rows
+
+    found = asyncio.run(ask_both())
+    for (_, headers), (front, route) in zip(asks, found, strict=True):
+        assert front == route, headers
+    expected = [200, 200, 200, 500, 422, 400, 400, 422, 400, 200, 413, 415, 406, 401, 200]
+    assert [front[0] for front, _ in found] == expected
+
+
+def test_threads_do_not_disturb_each_other(work: Served) -> None:
+    """Answers reach the caller who asked, under many callers at once."""
+    wrong = []
+
+    def ask(number: int) -> None:
+        with work.client() as client:
+            for turn in range(10):
+                answer = client.post("/predict", json={"action": "echo", "value": [number, turn]})
+                if answer.status_code != 429 and answer.json() != [number, turn]:
+                    wrong.append(answer.text)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
