@@ -33,4 +33,3 @@ class Bundle:
     def unpacked(self) -> Path:
         """Folder for its code and files on this machine."""
         return self.store.root / "unpacked" / self.digest.partition(":")[2]
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from nbdeploy.endpoint import Endpoint
 from nbdeploy.engines.base import get_engine
 from nbdeploy.errors import DeployError, EndpointNotFoundError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
-from nbdeploy.process import kernel_path, launch
+from nbdeploy.process import kernel_path, launch, let_go
 from nbdeploy.spec import Autoscaling, Resources, Revision, Serving, check_name
 from nbdeploy.store import Store
 
@@ -123,10 +124,9 @@ def deploy(
         CaptureError, DeployError, UsageError and their kinds: each says what to do next.
     """
     context = context or Context()
-    model, has_model, predict = _objects(objects)
     known = settings(context.path)
     options = _Options(
-        name=check_name(name) if name is not None else _default_name(predict, context),
+        name=check_name(name) if name is not None else _default_name(_objects(objects)[2], context),
         engine=engine or known.default_engine,
         resources=resources or Resources(),
         autoscaling=autoscaling or Autoscaling(),
@@ -139,28 +139,49 @@ def deploy(
         dry_run=dry_run,
         context=context,
     )
-    request = capture.Request(
-        predict=predict,
-        model=model,
-        has_model=has_model,
-        variable=context.names[0] if has_model and context.names else "",
-        sample=sample,
-        setup=setup,
-        model_from=model_from,
-        folder=context.path,
-        files=files,
-        secrets=tuple(row.partition("=")[0] for row in secrets),
-        pass_model=pass_model,
-    )
+    _check_installed(pip)
+    what = {"sample": sample, "setup": setup, "model_from": model_from, "files": files, "pass_model": pass_model}
+    request = _request(objects, context, secrets, **what)
     if on_event is None and default_watch is not None:
         on_event = default_watch(options.name, options.engine)
     job = _begin(request, options, known, on_event)
     endpoint = Endpoint(name=options.name, engine=options.engine, url="")
-    if wait:
-        _follow(job, options.name, on_event)
-        if not dry_run:
-            endpoint.status()
+    if wait and _follow(job, options.name, on_event) and not dry_run:
+        endpoint.status()  # learns the URL
     return endpoint
+
+
+def _request(objects: tuple[Any, ...], context: Context, secrets: tuple[str, ...], **what: Any) -> capture.Request:
+    model, has_model, predict = _objects(objects)
+    return capture.Request(
+        predict=predict,
+        model=model,
+        has_model=has_model,
+        variable=context.names[0] if has_model and context.names else "",
+        folder=context.path,
+        secrets=tuple(row.partition("=")[0] for row in secrets),
+        **what,
+    )
+
+
+def _check_installed(pip: tuple[str, ...]) -> None:
+    """Refuse a --pip that is not installed here: what the notebook did not run with was never proved."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in pip:
+        try:
+            requirement = Requirement(text)
+            found = version(requirement.name)
+        except InvalidRequirement as error:
+            raise UsageError(
+                f"--pip {text}: this is no requirement ({error}). Write it like scipy or scipy>=1.11."
+            ) from None
+        except PackageNotFoundError:
+            raise UsageError(f"--pip {text}: it is not installed here. Install it first: %pip install {text}") from None
+        if not requirement.specifier.contains(found, prereleases=True):
+            raise UsageError(f"--pip {text}: version {found} is installed here. Install the wanted one first.")
 
 
 def _objects(objects: tuple[Any, ...]) -> tuple[Any, bool, Any]:
@@ -288,35 +309,25 @@ def _size(count: int) -> str:
 
 def _start_worker(job: Job, folder: Path) -> None:
     with (job.folder / "worker.log").open("ab") as output:
-        _WORKERS.append(
-            launch(
-                "nbdeploy.worker:main",
-                {"job": str(job.folder)},
-                path=kernel_path([folder]),
-                environment=os.environ,
-                folder=job.folder,
-                output=output,
-            )
+        worker = launch(
+            "nbdeploy.worker:main",
+            {"job": str(job.folder)},
+            path=kernel_path([folder]),
+            environment=os.environ,
+            folder=job.folder,
+            output=output,
         )
+    let_go(worker)
 
 
-# Workers outlive the deploy that started them; this process reaps those that have ended while it lives.
-_WORKERS: list[Any] = []
-
-
-def _reap() -> None:
-    _WORKERS[:] = [process for process in _WORKERS if process.poll() is None]
-
-
-def _follow(job: Job, name: str, on_event: OnEvent | None) -> None:
-    """Follow the Job to its end; an interrupt detaches from it."""
+def _follow(job: Job, name: str, on_event: OnEvent | None) -> bool:
+    """Follow the Job to its end; an interrupt detaches from it, and the result is False then."""
     last: Event | None = None
     try:
         for event in job.follow():
             last = event
             if on_event is not None:
                 on_event(event)
-            _reap()
     except KeyboardInterrupt:
         words = (
             f"Detached: the deploy goes on in the background. nbdeploy status {name} shows it, nbdeploy cancel {name} "
@@ -324,10 +335,12 @@ def _follow(job: Job, name: str, on_event: OnEvent | None) -> None:
         )
         if on_event is not None:
             on_event(Event(last.seq + 1 if last else 1, time.time(), "job", "note", words))
-        return
-    _reap()
+        else:
+            print(words, file=sys.stderr)  # noqa: T201 - a script that nobody watches for otherwise
+        return False
     if last is not None and last.state in {"failed", "cancelled"}:
         raise _error(last.data)(last.detail)
+    return True
 
 
 def _error(data: Mapping[str, Any]) -> type[errors.NbdeployError]:

@@ -136,8 +136,8 @@ def _failure(report: Mapping[str, Any]) -> str:
 def _hint(reason: str) -> str:
     if "ModuleNotFoundError" in reason or "No module named" in reason or "cannot import name" in reason:
         return (
-            "The module was found in the notebook but not outside it: put its file beside the notebook and import it by "
-            "name in predict, or install it."
+            "The module was found in the notebook but not outside it: put its file beside the notebook and import it "
+            "by name in predict, or install it."
         )
     if "FileNotFoundError" in reason or "No such file" in reason:
         return "Files travel only if they are named: deploy with --file PATH, and open them by that relative path."

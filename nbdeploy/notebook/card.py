@@ -164,13 +164,11 @@ def endpoint_text(status: Status) -> str:
     """Return the same as plain text."""
     mark, _ = _PHASES.get(status.phase, ("●", ""))
     where = _where({"engine": status.engine, "revision": status.revision})
-    return "\n".join(
-        [
-            f"{mark} {clip(status.name, 63)} · {where} · {status.phase}{_sep(clip(status.reason, 300))}",
-            f"  {clip(status.url, 300) or 'no URL yet'} · {status.ready} of {_count(status.desired, 'replica')}",
-            f'  nbdeploy.connect("{clip(status.name, 63)}")(…)',
-        ]
-    )
+    head = f"{mark} {clip(status.name, 63)} · {where} · {status.phase}{_sep(clip(status.reason, 300))}"
+    if not status.revision:  # nothing of it serves
+        return head
+    served = f"{clip(status.url, 300) or 'no URL yet'} · {status.ready} of {_count(status.desired, 'replica')}"
+    return f'{head}\n  {served}\n  nbdeploy.connect("{clip(status.name, 63)}")(…)'
 
 
 def amount(size: float) -> str:

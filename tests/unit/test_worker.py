@@ -197,7 +197,6 @@ def predict(x: int) -> str:
 """
 
 
-@pytest.mark.xfail(strict=False, reason="deploy() asks for the status of an Endpoint that is not there yet")
 def test_an_interrupt_detaches(home: Path) -> None:
     """Ctrl+C in the cell ends the following, not the deploy."""
     with kernel(WAITS.replace("{pid}", "os.getpid()").replace("mine = ", "mine = ")) as process:
