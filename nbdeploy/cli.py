@@ -317,7 +317,10 @@ def cancel(name: str, engine: str | None) -> None:
 @click.option("--all", "everything", is_flag=True, help="Delete every Endpoint.")
 @_ENGINE
 def delete(name: str | None, everything: bool, engine: str | None) -> None:  # noqa: FBT001 - click passes flags by name
-    """Remove an Endpoint: no process and no file of it is left."""
+    """Remove an Endpoint: no process and no file of it is left.
+
+    Its weights stay in the store, where a next deploy finds them.
+    """
     from nbdeploy.endpoint import endpoints
 
     if (name is None) == (not everything):

@@ -19,7 +19,7 @@ from nbdeploy.capture.arguments import MISSING, name_of
 from nbdeploy.capture.taking import secret_environment
 from nbdeploy.config import Settings, home, settings
 from nbdeploy.endpoint import Endpoint
-from nbdeploy.engines.base import get_engine
+from nbdeploy.engines.base import check_owner, get_engine
 from nbdeploy.errors import DeployError, EndpointNotFoundError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
 from nbdeploy.process import kernel_path, launch, let_go
@@ -123,7 +123,7 @@ def deploy(
     Raises:
         CaptureError, DeployError, UsageError and their kinds: each says what to do next.
     """
-    context = context or Context()
+    context = context or _here()
     known = settings(context.path)
     options = _Options(
         name=check_name(name) if name is not None else _default_name(_objects(objects)[2], context),
@@ -144,7 +144,12 @@ def deploy(
     request = _request(objects, context, secrets, **what)
     if on_event is None and default_watch is not None:
         on_event = default_watch(options.name, options.engine)
-    job = _begin(request, options, known, on_event)
+    try:
+        job = _begin(request, options, known, on_event)
+    except errors.NbdeployError as error:
+        if on_event is not None:
+            on_event(Event(1, time.time(), "job", "failed", str(error), data={"error": type(error).__name__}))
+        raise
     endpoint = Endpoint(name=options.name, engine=options.engine, url="")
     if wait and _follow(job, options.name, on_event) and not dry_run:
         endpoint.status()  # learns the URL
@@ -184,6 +189,14 @@ def _check_installed(pip: tuple[str, ...]) -> None:
             raise UsageError(f"--pip {text}: version {found} is installed here. Install the wanted one first.")
 
 
+def _here() -> Context:
+    """Return the context of a call from Python: in a kernel, the notebook that it belongs to."""
+    from nbdeploy.naming import notebook_path
+
+    notebook = notebook_path({}) if "ipykernel" in sys.modules else ""
+    return Context(notebook, str(Path(notebook).parent) if notebook else "")
+
+
 def _objects(objects: tuple[Any, ...]) -> tuple[Any, bool, Any]:
     if len(objects) == 1:
         return None, False, objects[0]
@@ -194,6 +207,11 @@ def _objects(objects: tuple[Any, ...]) -> tuple[Any, bool, Any]:
 
 def _default_name(predict: Any, context: Context) -> str:
     from nbdeploy.naming import default_name
+
+    if not callable(predict):
+        raise UsageError(
+            f"predict must be a function, but it is a {type(predict).__name__}: deploy(model, predict_fn)."
+        )
 
     function = name_of(predict)
     model = context.names[0] if len(context.names) > 1 else ""
@@ -206,7 +224,9 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         raise UsageError(f"There is no engine {options.engine!r}; there is {', '.join(sorted(known.engines))}.")
     kind = known.engines[options.engine].kind
     place = home()
-    get_engine(kind, place)
+    engine = get_engine(kind, place)
+    if not options.replace and not options.dry_run:
+        check_owner(engine, options.name, getpass.getuser(), options.context.notebook)
     busy = running_job(place, options.name, options.engine)
     if busy is not None:
         raise DeployError(

@@ -74,13 +74,25 @@ class Endpoint:
 
     # -- calls --------------------------------------------------------------------------------------------------
 
-    def __call__(self, /, **arguments: Any) -> Any:
-        """Return what predict returns; raises RemoteError and its kinds."""
-        return self._connected().call(arguments)
+    def __call__(self, /, *values: Any, **arguments: Any) -> Any:
+        """Return what predict returns; raises RemoteError and its kinds. Values without a name go by place."""
+        client = self._connected()
+        return client.call({**self._named(client, values), **arguments} if values else arguments)
 
-    def stream(self, /, **arguments: Any) -> Iterator[Any]:
+    def stream(self, /, *values: Any, **arguments: Any) -> Iterator[Any]:
         """Yield what a generator function yields, as it comes."""
-        return self._connected().stream(arguments)
+        client = self._connected()
+        return client.stream({**self._named(client, values), **arguments} if values else arguments)
+
+    def _named(self, client: Client, values: tuple[Any, ...]) -> dict[str, Any]:
+        """Give values their parameters' names, as a call of the function itself would."""
+        names = client.parameters()
+        if len(values) > len(names):
+            raise UsageError(
+                f"{len(values)} values were given, but the Endpoint takes {', '.join(names) or 'none'}. "
+                f"Name them: endpoint({', '.join(f'{name}=…' for name in names)})"
+            )
+        return dict(zip(names, values, strict=False))
 
     def map(self, items: Iterable[Mapping[str, Any]], /, *, concurrency: int | None = None) -> list[Any]:
         """Call for each dict of arguments; results in order. Concurrency follows the Replicas (twice their number)."""
@@ -90,9 +102,10 @@ class Endpoint:
                 concurrency = 2 * max(1, self.status().ready)
         return self._connected().map(items, concurrency)
 
-    async def call_async(self, /, **arguments: Any) -> Any:
+    async def call_async(self, /, *values: Any, **arguments: Any) -> Any:
         """As a call, for async code."""
-        return await self._connected().call_async(arguments)
+        client = self._connected()
+        return await client.call_async({**self._named(client, values), **arguments} if values else arguments)
 
     def _connected(self) -> Client:
         if not self._url and self._engine_name:
@@ -170,11 +183,13 @@ class Endpoint:
         """Change the number of Replicas; none is restarted."""
         last = self._last()
         before = last.autoscaling
-        autoscaling = dataclasses.replace(
-            before,
-            min_replicas=before.min_replicas if min_replicas is None else min_replicas,
-            max_replicas=before.max_replicas if max_replicas is None else max_replicas,
-        )
+        least = before.min_replicas if min_replicas is None else min_replicas
+        most = before.max_replicas if max_replicas is None else max_replicas
+        if max_replicas is None and min_replicas is not None:
+            # A fixed number stays a fixed number; a range grows only as far as it must.
+            fixed = before.min_replicas == before.max_replicas
+            most = max(1, least) if fixed else max(most, least)
+        autoscaling = dataclasses.replace(before, min_replicas=least, max_replicas=most)
         return self._apply(dataclasses.replace(last, autoscaling=autoscaling))
 
     def rollback(self, revision: int | None = None) -> Status:
@@ -296,6 +311,8 @@ def connect(
         except EndpointNotFoundError as error:
             missing.append(error)
     if not found:
+        if running_job(home(), str(name), engine) is not None:
+            raise EndpointNotFoundError(f"{name} is being deployed for the first time: nbdeploy status {name}")
         raise missing[0]
     if len(found) > 1:
         where = " and ".join(one for one, _ in found)

@@ -1,9 +1,12 @@
-"""An Endpoint's name where none is given: the function's, else the model's, else the notebook file's."""
+"""An Endpoint's name where none is given: the function's, else the model's, else the notebook file's; and that file."""
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import PurePath
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
 
 from nbdeploy.errors import UsageError
 from nbdeploy.spec import label
@@ -39,3 +42,11 @@ def default_name(predict_name: str, model_name: str | None, notebook_path: str) 
 def _generic(name: str) -> bool:
     words = [re.sub(r"\d+$", "", word) for word in name.split("-")]
     return all(word in _GENERIC for word in words if word)
+
+
+def notebook_path(namespace: Mapping[str, Any]) -> str:
+    """Return the absolute path of the notebook, or "" where nobody tells it."""
+    for told in (os.environ.get("JPY_SESSION_NAME"), namespace.get("__vsc_ipynb_file__")):
+        if isinstance(told, str) and Path(told).suffix:  # a console's session has a name, but no file
+            return str(Path(told).absolute())
+    return ""

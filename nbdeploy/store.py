@@ -221,7 +221,7 @@ class Store:
         free = shutil.disk_usage(self.root).free
         return StoreError(
             f"the disk of the Store {self.root} is full:{needed} {free:,} are free. "
-            "Free space there (`nbdeploy store gc`) or set NBDEPLOY_HOME to another disk"
+            "Free space there, or set NBDEPLOY_HOME to another disk"
         )
 
 

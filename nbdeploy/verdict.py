@@ -77,7 +77,7 @@ def judge(report: Mapping[str, Any], *, has_sample: bool, second: Mapping[str, A
     if not report["ok"]:
         return Verdict("failed", error=_failure(report))
     model = report.get("model") or {}
-    train = "; the model is in train mode" if model.get("train_mode") else ""
+    train = "; the model is in train mode (model.eval() ends that)" if model.get("train_mode") else ""
     if not has_sample:
         return Verdict("unverified", places=("clean process",))
     random = not report.get("deterministic", True)

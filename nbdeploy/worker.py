@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from nbdeploy_server import parity, wire
+from nbdeploy_server.bundle import Manifest
+from nbdeploy_server.errors import BundleInvalid
 
 from nbdeploy import environment, wheels
 from nbdeploy.bundle import Bundle
 from nbdeploy.client import Client
-from nbdeploy.engines.base import Engine, HasHistory, HasKey, get_engine
+from nbdeploy.engines.base import Engine, HasHistory, HasKey, check_owner, get_engine
 from nbdeploy.errors import (
     CancelledError,
     EndpointNotFoundError,
     NbdeployError,
-    OwnershipError,
     ParityError,
     VerificationError,
 )
@@ -107,7 +108,7 @@ class Work:
         rows = self._lock()
         verdict = self._verify(rows)
         if self._spec["dry_run"]:
-            return self._card(None, verdict, None)
+            return self._card(None, verdict, None, self._earlier())
         earlier = self._earlier()
         with self._undone_if_it_fails(earlier):
             status = self._start(earlier)
@@ -118,18 +119,8 @@ class Work:
 
     def _check_owner(self) -> None:
         """Refuse to deploy over what another notebook or owner has under this name."""
-        try:
-            status = self._engine.status(self._spec["name"])
-        except EndpointNotFoundError:
-            return
-        mine = (self._spec["owner"], self._spec["notebook"])
-        theirs = (status.owner, status.notebook)
-        if theirs != mine and not self._spec["replace"] and not self._spec["dry_run"]:
-            whose = f"{status.notebook or 'a script'} of {status.owner or 'somebody'}"
-            raise OwnershipError(
-                f"The name {status.name!r} belongs to {whose}. Choose another with --name, or take it over with "
-                "--replace."
-            )
+        if not self._spec["replace"] and not self._spec["dry_run"]:
+            check_owner(self._engine, self._spec["name"], self._spec["owner"], self._spec["notebook"])
 
     def _lock(self) -> list[dict[str, Any]]:
         self._journal.write("locked", "running")
@@ -232,6 +223,14 @@ class Work:
             return []
         return found
 
+    def _manifest_before(self, earlier: list[Revision] | None) -> Manifest | None:
+        """Return what served before, where its Bundle is still here."""
+        if not earlier:
+            return None
+        with contextlib.suppress(BundleInvalid):
+            return Bundle(self._store, earlier[-1].bundle).manifest
+        return None
+
     def _start(self, earlier: list[Revision]) -> Status:
         journal = self._journal
         journal.write("starting", "running", "starting a Replica")
@@ -242,7 +241,9 @@ class Work:
         number = (earlier[-1].number if earlier else 0) + 1
         revision = Revision.from_json({**self._spec["revision"], "bundle": self._bundle.digest, "number": number})
         status = self._engine.apply(revision, self._bundle, on_progress)
-        journal.write("starting", "done", f"{status.ready} of {status.desired} Replicas")
+        journal.write(
+            "starting", "done", f"{status.ready} of {status.desired} replica{'s' if status.desired != 1 else ''}"
+        )
         return status
 
     @contextlib.contextmanager
@@ -278,11 +279,10 @@ class Work:
         key = self._engine.key(status.name) if isinstance(self._engine, HasKey) else ""
         arguments = wire.unpack(reader.read(manifest.sample))["arguments"]
         with Client(status.url, key, timeout=manifest_timeout(self._spec)) as client:
-            client.call(arguments)  # a first call pays for lazy parts of user code
             began = time.perf_counter()
             answer = client.call(arguments)
             milliseconds = (time.perf_counter() - began) * 1e3
-        self._runs += 3  # two here, one of the Replica's warm-up
+        self._runs += 2  # this one, and the warm-up of the Replica
         verdict = self._compare(manifest, reader, answer, verdict)
         self._journal.write("ready", "done", f"{replicas} · real request {milliseconds:.1f} ms")
         return milliseconds, verdict
@@ -335,7 +335,7 @@ class Work:
                 "places": list(verdict.places),
                 "note": verdict.note,
             },
-            "changed": _changed(receipt, earlier or []),
+            "changed": _changed(receipt, manifest, self._manifest_before(earlier)),
             "request_ms": request_ms,
             "public": spec["revision"]["serving"]["public"],
             "key_command": f"nbdeploy key {spec['name']}",
@@ -364,10 +364,19 @@ def _move_stamp(store: Store, earlier: str, later: str) -> None:
     shutil.rmtree(store.bundle_path(earlier).parent, ignore_errors=True)
 
 
-def _changed(receipt: Mapping[str, Any], earlier: list[Revision]) -> str:
-    blobs = receipt["blobs"]
-    if not earlier:
+def _changed(receipt: Mapping[str, Any], manifest: Manifest, earlier: Manifest | None) -> str:
+    """Say what is new since the Revision before; cells and files tell of code, because pickle bytes never repeat."""
+    if earlier is None:
         return "first revision"
-    new = receipt["blobs"]["new_bytes"]
-    size = f"{new / 1e6:.1f} MB" if new >= 1e5 else f"{(new + receipt['skeleton_bytes']) / 1e3:.0f} kB"  # noqa: PLR2004 - readable
-    return f"{blobs['new']} of {blobs['count']} blobs new, {size}"
+    new, count = receipt["blobs"]["new"], receipt["blobs"]["count"]
+    parts = []
+    if dict(earlier.cells) != dict(manifest.cells):
+        parts.append("code changed")
+    if earlier.files != manifest.files:
+        parts.append("files changed")
+    if [one.ref for one in earlier.blobs] != [one.ref for one in manifest.blobs]:
+        size = receipt["blobs"]["new_bytes"]
+        parts.append(f"weights changed: {new} of {count} blobs new, {size / 1e6:.1f} MB")
+    if earlier.distributions != manifest.distributions:
+        parts.append("packages changed")
+    return ", ".join(parts) or "neither code nor weights"

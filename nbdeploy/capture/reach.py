@@ -44,11 +44,13 @@ class Reach:
         functions: their names, predict's first.
         globals: variables they use.
         values: the objects met on the way that are no functions, classes or modules.
+        reads_environment: some of them reads environment variables.
     """
 
     functions: tuple[str, ...]
     globals: tuple[Global, ...]
     values: tuple[Any, ...]
+    reads_environment: bool
 
 
 def by_value(function: Any) -> bool:
@@ -86,9 +88,11 @@ def walk(predict: Any, own: Callable[[Any], bool] = by_value) -> Reach:
     reached: dict[str, Global] = {}
     values: list[Any] = []
     missing: list[tuple[types.FunctionType, str]] = []
+    reads = False
     made: set[str] = set()  # names that some function in reach makes itself, by a `global` statement
     for function in _functions(predict, own, values):
         functions[_shown(function)] = None
+        reads = reads or bool({"environ", "getenv"} & set(function.__code__.co_names))
         loaded, stored = _used_names(function.__code__)
         made |= stored
         for name in sorted(loaded):
@@ -103,7 +107,7 @@ def walk(predict: Any, own: Callable[[Any], bool] = by_value) -> Reach:
     for function, name in missing:
         if name not in made:
             raise UndefinedNameError(_undefined(function, name))
-    return Reach(tuple(functions), tuple(reached.values()), tuple(values))
+    return Reach(tuple(functions), tuple(reached.values()), tuple(values), reads)
 
 
 def _shown(function: types.FunctionType) -> str:

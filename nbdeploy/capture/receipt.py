@@ -63,11 +63,12 @@ def receipt(
         "secrets": sorted(request.secrets),
         "files": [row["path"] for row in parts["files"] if row["kind"] != "code"][:SHOWN_FILES],
         "left_behind": reach.left_behind(namespace, names) if namespace.get("__name__") == "__main__" else [],
-        "notes": _notes(request, plan, changed, cut),
+        "notes": _notes(request, plan, changed if reached.reads_environment or modules else None, cut),
     }
 
 
-def _notes(request: Request, plan: Plan, changed: Variables, cut: list[str]) -> list[str]:
+def _notes(request: Request, plan: Plan, changed: Variables | None, cut: list[str]) -> list[str]:
+    """Return the warnings; `changed` is None where nothing of the user's could read the environment."""
     notes = [f"only the first row of {name} was kept as the sample (more than fits one request)" for name in cut]
     if plan.model == "unused":
         notes.append(
@@ -76,7 +77,7 @@ def _notes(request: Request, plan: Plan, changed: Variables, cut: list[str]) -> 
         )
     notes += [
         f"{name} was set in this notebook and looks like a secret: it stays home; --secret {name} hands it over"
-        for name in changed.withheld
+        for name in (changed.withheld if changed is not None else ())
     ]
     return notes
 

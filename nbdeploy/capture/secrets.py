@@ -44,8 +44,8 @@ def scan(skeleton: bytes, values: Mapping[str, str], roots: Mapping[str, Any], o
             if value in text:
                 raise SecretError(
                     f"The value of ${name} stands in what predict needs: {_path(roots, value)}. It would be stored in "
-                    f'the Bundle. Read it inside predict instead, os.environ["{name}"], and deploy with '
-                    f"--secret {name}."
+                    f'the Bundle. Deploy with --secret {name}, and read os.environ["{name}"] inside predict, or in a '
+                    "function that makes the object and is given with --setup."
                 )
     for other in others:
         for name, value in values.items():

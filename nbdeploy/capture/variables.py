@@ -31,6 +31,7 @@ _KERNELS_OWN = frozenset(
         "PWD",
         "_",
     }
+    | {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}  # set by scikit-learn at its import, as they will be again
 )
 # Words of a name: TOKENIZERS_PARALLELISM and KEYBOARD are none.
 _SECRET_NAME = re.compile(

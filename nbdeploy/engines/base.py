@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from nbdeploy.bundle import Bundle
-from nbdeploy.errors import UsageError
+from nbdeploy.errors import EndpointNotFoundError, OwnershipError, UsageError
 from nbdeploy.spec import Revision, Status
 
 OnProgress = Callable[[str, Mapping[str, Any]], None]
@@ -68,6 +68,19 @@ class HasHistory(Protocol):
 
     def revisions(self, name: str) -> list[Revision]:
         """Return the Revisions of an Endpoint, oldest first; the last one is what is to be."""
+
+
+def check_owner(engine: Engine, name: str, owner: str, notebook: str) -> None:
+    """Refuse to deploy over what another notebook or owner has under this name; raises OwnershipError."""
+    try:
+        status = engine.status(name)
+    except EndpointNotFoundError:
+        return
+    if (status.owner, status.notebook) != (owner, notebook):
+        whose = f"{status.notebook or 'a script'} of {status.owner or 'somebody'}"
+        raise OwnershipError(
+            f"The name {name!r} belongs to {whose}. Choose another with --name, or take it over with --replace."
+        )
 
 
 def get_engine(kind: str, home: Path, settings: Mapping[str, Any] | None = None) -> Engine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand
 
 from nbdeploy.errors import EndpointNotFoundError, NbdeployError, SampleError, UsageError
-from nbdeploy.naming import default_name
+from nbdeploy.naming import default_name, notebook_path
 from nbdeploy.notebook import card, history
 from nbdeploy.notebook.options import Options, help_text, parse
 from nbdeploy.notebook.progress import Progress, in_notebook
@@ -48,7 +47,7 @@ class DeployMagics(Magics):  # type: ignore[misc]  # IPython ships no types
     def _deploy(self, line: str, options: Options, namespace: dict[str, Any]) -> Any:
         names = tuple(name for name in (options.model, options.predict) if name)
         objects = [history.resolve(name, namespace) for name in names]
-        notebook = _notebook_path(namespace)
+        notebook = notebook_path(namespace)
         name = options.name or default_name(options.predict, options.model, notebook)
         arguments = _arguments(options)
         if options.setup:
@@ -135,7 +134,8 @@ def _arguments(options: Options) -> dict[str, Any]:
     )
     autoscaling = _said(
         min_replicas=options.min,
-        max_replicas=options.max,
+        # --min alone asks for a fixed number
+        max_replicas=max(1, options.min) if options.max is None and options.min is not None else options.max,
         target_in_flight=options.target_in_flight,
         scaling=options.scaling,
     )
@@ -184,11 +184,3 @@ def _evaluate(source: str, namespace: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(error.name, [n for n in namespace if not n.startswith("_")], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " Run the cell that defines it first."
         raise SampleError(f"--sample {card.clip(source, 80)} raised {type(error).__name__}: {error}.{hint}") from error
-
-
-def _notebook_path(namespace: Mapping[str, Any]) -> str:
-    """Return the absolute path of the notebook, or "" where nobody tells it."""
-    for told in (os.environ.get("JPY_SESSION_NAME"), namespace.get("__vsc_ipynb_file__")):
-        if isinstance(told, str) and Path(told).suffix:  # a console's session has a name, but no file
-            return str(Path(told).absolute())
-    return ""

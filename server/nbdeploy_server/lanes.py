@@ -145,17 +145,26 @@ class ThreadLane:
         self._call = call
         self._streams = streams
         self._queue: queue.SimpleQueue[Work] = queue.SimpleQueue()
-        self._delivery: Delivery | None = None
+        self._fresh: list[Work] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop, on_done: Callable[[Work], None]) -> None:
         """Start the model threads."""
-        delivery = self._delivery = Delivery(loop, on_done)
+        self._loop = loop
+        delivery = Delivery(loop, on_done)
         for number in range(self.concurrency):
             threading.Thread(target=self._run, args=(delivery,), name=f"predict-{number}", daemon=True).start()
 
     def submit(self, work: Work) -> None:
-        """Queue one call."""
-        self._queue.put(work)
+        """Queue one call; those of one turn of the loop wake the thread once, not one by one."""
+        if not self._fresh and self._loop is not None:
+            self._loop.call_soon(self._wake)
+        self._fresh.append(work)
+
+    def _wake(self) -> None:
+        for work in self._fresh:
+            self._queue.put(work)
+        self._fresh.clear()
 
     def cancel(self, work: Work) -> None:
         """A thread cannot be stopped; a stream stops at its next item, because `gone` is asked between items."""

@@ -224,10 +224,10 @@ def test_the_life_of_an_endpoint(home: Path) -> None:
     first = predict_of("def predict(x: int) -> str:\n    return 'first'\n")
     second = predict_of("def predict(x: int) -> str:\n    return 'second'\n")
     endpoint = deploy(first, name="life", verify=False)
-    assert endpoint.scale(min_replicas=2, max_replicas=2).ready == 2
+    assert endpoint.scale(min_replicas=2).ready == 2  # a fixed number stays a fixed number
     assert endpoint.revision == 2
     with pytest.raises(UsageError, match="--max"):
-        endpoint.scale(min_replicas=3)
+        endpoint.scale(min_replicas=3, max_replicas=2)
     with pytest.raises(UsageError, match="fixed number"):
         endpoint.scale(min_replicas=0, max_replicas=8)
     with pytest.raises(UsageError, match="no earlier Revision"):
@@ -302,3 +302,13 @@ def test_calls_from_many_threads(echo: Endpoint) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(results) == [f"hello {n} 0" for n in range(8)]
+
+
+def test_values_without_a_name_go_by_place(home: Path) -> None:
+    """`endpoint(2, 3)` works as the function itself would; too many values are told with the names."""
+    predict = predict_of("def predict(x: int, y: int = 10) -> int:\n    return x * y\n")
+    endpoint = deploy(predict, name="places", verify=False)
+    assert endpoint(2) == 20
+    assert endpoint(2, 3) == endpoint(2, y=3) == 6
+    with pytest.raises(UsageError, match=r"takes x, y\. Name them: endpoint\(x=…, y=…\)"):
+        endpoint(1, 2, 3)
