@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from nbdeploy.endpoint import endpoints
 from nbdeploy.jobs import all_jobs
 

@@ -102,7 +102,7 @@ def _frequency(index: Any) -> str | None:
         return None
 
 
-def _array_parts(array: Any) -> list[Any]:  # noqa: PLR0911 - one kind of array, one return
+def _array_parts(array: Any) -> list[Any]:
     import numpy as np
     import pandas as pd
 
@@ -242,7 +242,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _array_of(value: Any) -> Any:  # noqa: PLR0911 - one kind of array, one return
+def _array_of(value: Any) -> Any:
     import numpy as np
     import pandas as pd
 

@@ -95,7 +95,7 @@ def opened(value: Any) -> Any:
     return _record(value)
 
 
-def _record(value: Any) -> Any:  # noqa: PLR0911 - one kind of record, one return
+def _record(value: Any) -> Any:
     """A dataclass, model, Struct, attrs object or mapping as a dict, a view as a list, a foreign array as numpy's."""
     kind = type(value)
     if isinstance(value, type):
@@ -243,7 +243,7 @@ def _simplify(value: Any, numbers: Callable[[bytes], Any]) -> Any:
     return _simplify_builtin(value)
 
 
-def _simplify_builtin(value: Any) -> Any:  # noqa: PLR0911 - one rule, one return
+def _simplify_builtin(value: Any) -> Any:
     """The part of `_simplify` that needs no package."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()

@@ -32,7 +32,7 @@ STRUCT = np.dtype([("a", "<i4"), ("b", "<f8", (2,)), ("c", "<U3")])
 PADDED = np.dtype({"names": ["x", "y"], "formats": ["i1", ">f8"], "offsets": [3, 8], "itemsize": 24})
 
 
-def same(first: Any, second: Any) -> bool:  # noqa: PLR0911 - one kind of value, one return
+def same(first: Any, second: Any) -> bool:
     """Equal in type and value all the way down; NaN equals NaN and -0.0 is not 0.0."""
     if type(first) is not type(second):
         return False
