@@ -19,7 +19,7 @@ from nbdeploy.capture.arguments import MISSING, name_of
 from nbdeploy.capture.taking import secret_environment
 from nbdeploy.config import Settings, home, settings
 from nbdeploy.endpoint import Endpoint
-from nbdeploy.engines.base import check_owner, get_engine
+from nbdeploy.engines.base import HasCheck, check_owner, get_engine
 from nbdeploy.errors import DeployError, EndpointNotFoundError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
 from nbdeploy.process import kernel_path, launch, let_go
@@ -225,6 +225,21 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
     kind = known.engines[options.engine].kind
     place = home()
     engine = get_engine(kind, place)
+    revision = Revision(
+        name=options.name,
+        number=0,
+        bundle="",
+        resources=options.resources,
+        autoscaling=options.autoscaling,
+        serving=options.serving,
+        owner=getpass.getuser(),
+        notebook=options.context.notebook,
+        created=time.time(),
+        secrets=request.secrets,
+        variables=options.variables,
+    )
+    if isinstance(engine, HasCheck):
+        engine.check(revision)
     if not options.replace and not options.dry_run:
         check_owner(engine, options.name, getpass.getuser(), options.context.notebook)
     busy = running_job(place, options.name, options.engine)
@@ -238,19 +253,6 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
     if on_event is not None:
         on_event(Event(0, time.time(), "captured", "running", "walking through what predict reaches"))
     taken = capture.take(request, Store(place / "store"))
-    revision = Revision(
-        name=options.name,
-        number=0,
-        bundle="",
-        resources=options.resources,
-        autoscaling=options.autoscaling,
-        serving=options.serving,
-        owner=getpass.getuser(),
-        notebook=options.context.notebook,
-        created=time.time(),
-        secrets=tuple(values),
-        variables=options.variables,
-    )
     spec = {
         "name": options.name,
         "engine": options.engine,

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,6 @@ from nbdeploy.jobs import all_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 DEADLINE = 60.0  # seconds that anything may take on a busy machine
 
@@ -34,17 +34,16 @@ def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
 def leftovers(home: Path) -> list[str]:
     """Name processes that were started for this home and still run."""
     found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            link = os.readlink(f"/proc/{entry}/cwd")
-            with open(f"/proc/{entry}/stat", encoding="utf-8") as file:
-                state = file.read().rpartition(")")[2].split()[0]
+            link = (entry / "cwd").readlink()
+            state = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if link.startswith(str(home)) and state != "Z":
-            found.append(f"{entry} in {link}")
+        if link.is_relative_to(home) and state != "Z":
+            found.append(f"{entry.name} in {link}")
     return found
 
 

@@ -4,6 +4,7 @@ the group "nbdeploy.engines", and passing tests/engines.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -55,6 +56,14 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class HasCheck(Protocol):
+    """An Engine that can tell early what it cannot do."""
+
+    def check(self, revision: Revision) -> None:
+        """Raise UsageError where this Engine can never run such a Revision; asked before anything is captured."""
+
+
+@runtime_checkable
 class HasKey(Protocol):
     """An Engine that keeps keys."""
 
@@ -85,6 +94,8 @@ def check_owner(engine: Engine, name: str, owner: str, notebook: str) -> None:
 
 def get_engine(kind: str, home: Path, settings: Mapping[str, Any] | None = None) -> Engine:
     """Return the Engine of a kind ("local", or one that an installed package brings)."""
+    if kind == "local" and sys.platform == "win32":
+        raise UsageError("The local engine needs Linux or macOS. On Windows use WSL, or another engine.")
     found = {point.name: point for point in entry_points(group="nbdeploy.engines")}
     if kind not in found:
         names = ", ".join(sorted(found))

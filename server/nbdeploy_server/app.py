@@ -46,7 +46,7 @@ def build(front: Front) -> FastAPI:
     """Make the application of one Replica."""
     from fastapi import FastAPI, Request
     from fastapi.openapi.docs import get_swagger_ui_html
-    from fastapi.responses import JSONResponse, Response
+    from fastapi.responses import JSONResponse, RedirectResponse, Response
     from starlette.exceptions import HTTPException
     from starlette.staticfiles import StaticFiles
 
@@ -91,6 +91,10 @@ def build(front: Front) -> FastAPI:
             swagger_favicon_url="docs/assets/favicon.png",
         )
 
+    async def root(_request: Request) -> Response:
+        return RedirectResponse("docs")  # relative: the Endpoint may lie below a path of a proxy
+
+    app.add_route("/", root, methods=["GET"], include_in_schema=False)
     for path, page in zip(PAGES, (docs, openapi, readyz, livez), strict=True):
         app.add_route(path, page, methods=["GET"], include_in_schema=False)
 

@@ -170,6 +170,20 @@ def _kind(value: Any) -> str:
 _ENUM = re.compile(r"Invalid enum value .*(?= - at `)|Invalid enum value .*", re.DOTALL)  # msgspec shows the value
 
 
+# msgspec's words for types, as a person says them.
+_EXPECTED = re.compile(r"Expected `(?P<wanted>[^`]+)`(?:, got `(?P<got>[^`]+)`)?(?: - at `(?P<where>[^`]*)`)?")
+_WORDS = {
+    "array": "a list",
+    "bool": "true or false",
+    "bytes": "bytes",
+    "float": "a number",
+    "int": "a number",
+    "null": "null",
+    "object": "an object",
+    "str": "a text",
+}
+
+
 def _plain(error: Exception) -> str:
     """Say what is wrong with a value without showing the value."""
     if hasattr(error, "errors") and callable(error.errors):  # pydantic
@@ -179,8 +193,14 @@ def _plain(error: Exception) -> str:
     text = _ENUM.sub("is none of the allowed values", str(error))
     if text.startswith("is none"):
         return text
-    text = text.replace("Expected `", "must be `").replace("Object missing", "object misses")
-    return text if text.startswith("must") else f"does not fit: {text}"
+    found = _EXPECTED.fullmatch(text)
+    if found is None:  # a message of our own, or one that msgspec says in other words
+        return text if text.startswith("must") else f"does not fit: {text}"
+    parts = found["wanted"].split(" | ")
+    words = {**_WORDS, "int": "a whole number"} if "float" not in parts else _WORDS
+    wanted = " or ".join(dict.fromkeys(words.get(part, part) for part in parts))
+    got = f", not {_WORDS.get(found['got'], found['got'])}" if found["got"] else ""
+    return f"must be {wanted}{got}" + (f" (at {found['where'].removeprefix('$')})" if found["where"] else "")
 
 
 def _plan(form: dict[str, Any], annotation: Any) -> tuple[Any, Converter | None]:

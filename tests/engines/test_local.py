@@ -25,7 +25,7 @@ from nbdeploy.engines.local.layout import Layout
 from nbdeploy.engines.local.logfile import FILES, SIZE, LogFile, read
 from nbdeploy.errors import EndpointNotFoundError, EngineError, UsageError
 from nbdeploy.process import Identity
-from nbdeploy.spec import Autoscaling, Phase, Revision, Serving
+from nbdeploy.spec import Autoscaling, Phase, Resources, Revision, Serving
 from tests.conftest import leftovers, wait_until
 from tests.engines.conftest import ADD, NEVER_LOADS, PID, PRINTS, SLEEPS, House, Raw, eventually, house_of
 
@@ -654,6 +654,13 @@ def test_what_this_engine_cannot_do(house: House, name: str) -> None:
         with pytest.raises(UsageError, match="fixed number of Replicas"):
             house.engine.apply(revision, bundle, nothing)
     assert not (house.home / "endpoints" / name).exists()
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_the_capture(house: House, name: str) -> None:
+    """`--gpu 1` on a machine without a GPU is refused by the pre-flight check."""
+    with pytest.raises(UsageError, match="this machine has no GPU"):
+        house.engine.check(Revision(name, 1, "", resources=Resources(gpus=1)))
 
 
 def test_a_lost_interpreter_is_told(house: House, name: str) -> None:

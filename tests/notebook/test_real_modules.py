@@ -102,7 +102,8 @@ def test_secrets_of_the_first_cell_stay_home_and_are_named(book: Any) -> None:
     """A variable that looks like a secret stays home, by name; its value in reach of predict stops the deploy."""
     book.run("import os\nos.environ['SOME_API_KEY'] = 'sk-' + '1234567890'")
     card = book.deploy("def predict(x): return x", "deploy(predict, sample={'x': 1})")
-    assert card["receipt"]["variables"] == []
+    assert (card["receipt"]["variables"], card["receipt"]["notes"]) == ([], [])  # predict reads no variable
+    card = book.deploy("def predict(x): return x or os.getenv('OTHER')", "deploy(predict, sample={'x': 1})")
     assert card["receipt"]["notes"] == [
         "SOME_API_KEY was set in this notebook and looks like a secret: it stays home; --secret SOME_API_KEY hands it over"
     ]

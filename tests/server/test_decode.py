@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nbdeploy_server import wire
 from nbdeploy_server.decode import Decoder
 from nbdeploy_server.errors import RequestError
-from nbdeploy_server.signature import infer
+from nbdeploy_server.signature import Parameter, Signature, infer
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field, field_validator
@@ -394,3 +394,25 @@ def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     for ask in (decoder.json, decoder.packed):
         with pytest.raises(RequestError):
             ask(body)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "words"),
+    [
+        (int, "a", "x must be a whole number, not a text."),
+        (float, "a", "x must be a number, not a text."),
+        (list[float], 3, "x must be a list, not a number."),
+        (list[float], [1, "b"], "x must be a number, not a text (at [1])."),
+        (str | None, 3, "x must be a text or null, not a number."),
+        (dict[str, int], [], "x must be an object, not a list."),
+        (bool, 1, "x must be true or false, not a number."),
+    ],
+    ids=str,
+)
+def test_types_are_told_in_plain_words(annotation: Any, value: Any, words: str) -> None:
+    """A caller reads "a list" and "a text", not the names that a decoder has for them."""
+    parameter = Parameter("x", True, {}, {"type": "annotation"})
+    decoder = Decoder(Signature((parameter,)), {"x": annotation})
+    with pytest.raises(RequestError) as refused:
+        decoder.json(json.dumps({"x": value}).encode())
+    assert refused.value.detail == words

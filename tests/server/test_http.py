@@ -718,6 +718,13 @@ def test_docs_come_from_a_package(square: Served) -> None:
     assert not re.search(r"https?://", page)
 
 
+def test_a_browser_at_the_bare_url_finds_the_docs(square: Served) -> None:
+    """Clicking the Endpoint's URL leads to its documentation page, not to an error."""
+    with httpx.Client(base_url=square.url, trust_env=False, follow_redirects=True) as client:
+        page = client.get("/")
+    assert (page.status_code, page.url.path) == (200, "/docs")
+
+
 def test_request_id(square: Served) -> None:
     """A caller's id comes back, a missing one is made, a hostile one is not repeated; errors carry one as well."""
     with square.client() as client:

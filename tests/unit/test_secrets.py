@@ -36,7 +36,8 @@ def test_the_path_is_told_and_the_next_step() -> None:
     holder = types.SimpleNamespace(headers={"auth": f"Bearer {VALUE}"}, tries=[1, 2])
     assert found(model=holder) == (
         "The value of $OPENAI_API_KEY stands in what predict needs: model → headers['auth']. It would be stored in the "
-        'Bundle. Read it inside predict instead, os.environ["OPENAI_API_KEY"], and deploy with --secret OPENAI_API_KEY.'
+        'Bundle. Deploy with --secret OPENAI_API_KEY, and read os.environ["OPENAI_API_KEY"] inside predict, or in a '
+        "function that makes the object and is given with --setup."
     )
 
 

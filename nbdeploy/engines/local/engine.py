@@ -22,6 +22,7 @@ from nbdeploy.errors import EndpointNotFoundError, EngineError, UsageError
 from nbdeploy.process import Identity, clean_environment, kernel_path, launch, let_go
 from nbdeploy.spec import Phase, Revision, Status, check_name, label
 
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and NVIDIA under WSL
 ORDER_TIMEOUT = 5.0  # seconds for orders that a supervisor answers at once
 SETTLE_TIMEOUT = 30.0  # seconds for a supervisor to give a change up
 START_TIMEOUT = 30.0  # seconds for a supervisor to start
@@ -41,7 +42,7 @@ class LocalEngine:
 
     def apply(self, revision: Revision, bundle: Bundle | None, on_progress: OnProgress) -> Status:
         """Make the Endpoint serve this Revision (see Engine.apply)."""
-        self._refuse_unbuilt(revision)
+        self.check(revision)
         layout = Layout(self._home, check_name(revision.name))
         with layout.locked():
             layout.create()
@@ -142,6 +143,19 @@ class LocalEngine:
 
     # -- optional protocols -------------------------------------------------------------------------------------
 
+    def check(self, revision: Revision) -> None:
+        """Refuse what this Engine cannot run."""
+        scaling = revision.autoscaling
+        if scaling.min_replicas < 1 or scaling.max_replicas > max(1, scaling.min_replicas):
+            raise UsageError(
+                "The local engine runs a fixed number of Replicas in this version: give --min and --max the same "
+                f"number, 1 or more (asked for: {scaling.min_replicas} to {scaling.max_replicas})."
+            )
+        if revision.resources.gpus and not any(Path(device).exists() for device in _GPUS):
+            raise UsageError(
+                "--gpu: this machine has no GPU that is ready for use. Leave it out, or choose another engine."
+            )
+
     def key(self, name: str) -> str:
         """Return the Endpoint's key, "" where it is public."""
         layout = self._existing(name)
@@ -217,15 +231,6 @@ class LocalEngine:
             self._remove(layout)
         elif number > layout.serving():
             layout.remove_revision(number)
-
-    @staticmethod
-    def _refuse_unbuilt(revision: Revision) -> None:
-        scaling = revision.autoscaling
-        if scaling.min_replicas < 1 or scaling.max_replicas > max(1, scaling.min_replicas):
-            raise UsageError(
-                "The local engine runs a fixed number of Replicas in this version: give --min and --max the same "
-                f"number, 1 or more (asked for: {scaling.min_replicas} to {scaling.max_replicas})."
-            )
 
     def _launch(self, layout: Layout, revision: Revision, bundle: Bundle | None) -> Launch:
         """How Replicas are started: as the deploying kernel was, or as an earlier Revision of this Bundle was."""
