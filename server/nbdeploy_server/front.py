@@ -7,7 +7,6 @@ by construction. Why not FastAPI alone: measured, its machinery costs two to six
 from __future__ import annotations
 
 import asyncio
-import collections
 import json
 import shlex
 import sys
@@ -74,7 +73,8 @@ class Front:
         self.on_inflight: Callable[[int], None] = lambda _count: None
         self._json = predictor.decoder.json
         self._packed = predictor.decoder.packed
-        self._open: collections.OrderedDict[Work, None] = collections.OrderedDict()
+        self._open: dict[Work, None] = {}  # in the order of their admission
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._revision = str(settings.revision).encode()
         self._head = _HEAD + self._revision + b"\r\n"
         self._target = settings.target_in_flight or lane.concurrency
@@ -82,7 +82,8 @@ class Front:
 
     def start(self) -> None:
         """Start the lane and the sweeper; called on the running loop."""
-        self.lane.start(asyncio.get_running_loop(), self._done)
+        self._loop = asyncio.get_running_loop()
+        self.lane.start(self._loop, self._done)
         self._keep(asyncio.create_task(self._sweep()))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
@@ -177,7 +178,7 @@ class Front:
     def _admit(self, receive: Receive, headers: Headers, body: bytes, reply: bytes, began: float) -> Work:
         self.admission.check_queue()  # once more: others were admitted while this body came
         decode = self._decoder(headers)
-        loop = asyncio.get_running_loop()
+        loop = self._loop or asyncio.get_running_loop()
         work = Work(loop.create_future(), getattr(receive, "__self__", None), began + self.settings.timeout)
         if len(body) > IN_LANE:
             work.prepare = lambda: decode(body)

@@ -152,11 +152,16 @@ class Server:
         ticker.cancel()
 
     async def _tick(self, server: Any) -> None:
-        """Refresh uvicorn's Date header once a second."""
+        """Once a second: refresh uvicorn's Date header, close connections that are idle for too long."""
+        from nbdeploy_server.protocol import HandoverProtocol
+
         ticks = 0
         while True:
             await server.on_tick(ticks * 10)
             ticks += 1
+            for connection in list(server.server_state.connections):
+                if isinstance(connection, HandoverProtocol):
+                    connection.close_if_idle(KEEP_ALIVE)
             await asyncio.sleep(1.0)
 
     def _say(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> bool:
