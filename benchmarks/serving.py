@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from _measure import record
+
 TICKS = os.sysconf("SC_CLK_TCK")
 BODY = b'{"input": 4.0}'
 ANSWER = b'{"output":16.0}'
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--connections", type=int, nargs="*", default=[1, 32])
     options = parser.parse_args()
+    figures = {}
     with starlette() as plain, replica() as ours:
         for port, _pid, key in (plain, ours):
             hammer(port, request_bytes(port, key), 2000, 8)
@@ -174,6 +177,12 @@ def main() -> None:
                 f"{statistics.median(rates):>10.2f}",
                 flush=True,
             )
+            figures[f"{connections} connections"] = {
+                "cpu_ratio": statistics.median(ratios),
+                "rate_ratio": statistics.median(rates),
+                "microseconds": {"starlette": theirs, "nbdeploy": mine},
+            }
+    record("serving", figures, ["uvicorn", "starlette", "fastapi", "orjson"])
 
 
 if __name__ == "__main__":
