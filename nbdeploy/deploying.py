@@ -20,7 +20,7 @@ from nbdeploy.capture.taking import secret_environment
 from nbdeploy.config import Settings, home, settings
 from nbdeploy.endpoint import Endpoint
 from nbdeploy.engines.base import HasCheck, check_owner, get_engine
-from nbdeploy.errors import DeployError, EndpointNotFoundError, UsageError
+from nbdeploy.errors import DeployError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
 from nbdeploy.process import kernel_path, launch, let_go
 from nbdeploy.spec import Autoscaling, Resources, Revision, Serving, check_name
@@ -247,13 +247,23 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         raise DeployError(
             f"A deploy of {options.name} is under way. Wait for it, or stop it: nbdeploy cancel {options.name}"
         )
-    if options.serving.port:
-        _check_port(options.serving.port, options.name)
     values = secret_environment(options.secrets)
     if on_event is not None:
         on_event(Event(0, time.time(), "captured", "running", "walking through what predict reaches"))
     taken = capture.take(request, Store(place / "store"))
-    spec = {
+    job = Job.create(place, _spec(options, kind, place, request, taken, revision), values)
+    journal = Journal(job)
+    journal.write("captured", "done", _captured_words(taken), taken.seconds)
+    journal.close()
+    _start_worker(job, request.folder)
+    return job
+
+
+def _spec(
+    options: _Options, kind: str, place: Path, request: capture.Request, taken: capture.Capture, revision: Revision
+) -> dict[str, Any]:
+    """Return what the worker has to do, as plain data."""
+    return {
         "name": options.name,
         "engine": options.engine,
         "kind": kind,
@@ -276,32 +286,6 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         "verify": options.verify,
         "dry_run": options.dry_run,
     }
-    job = Job.create(place, spec, values)
-    journal = Journal(job)
-    journal.write("captured", "done", _captured_words(taken), taken.seconds)
-    journal.close()
-    _start_worker(job, request.folder)
-    return job
-
-
-def _check_port(port: int, name: str) -> None:
-    """Find out that a fixed port is taken before anything is captured."""
-    import socket
-
-    try:
-        mine = Endpoint(name=name, engine="local", url="").status().url.endswith(f":{port}")
-    except EndpointNotFoundError:
-        mine = False
-    if mine:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise DeployError(
-                f"Port {port} of this machine is taken ({error.strerror}). Choose another with --port, or leave it out."
-            ) from None
 
 
 def _captured_words(taken: capture.Capture) -> str:

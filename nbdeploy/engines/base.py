@@ -60,7 +60,7 @@ class HasCheck(Protocol):
     """An Engine that can tell early what it cannot do."""
 
     def check(self, revision: Revision) -> None:
-        """Raise UsageError where this Engine can never run such a Revision; asked before anything is captured."""
+        """Raise UsageError or EngineError where this Engine cannot run such a Revision; asked before the capture."""
 
 
 @runtime_checkable

@@ -73,9 +73,19 @@ class HandoverProtocol(HttpToolsProtocol):
 
     def close_if_idle(self, seconds: float) -> None:
         """Close a connection that has asked nothing since its last answer for so long."""
-        done = self.cycle is not None and self.cycle.response_complete and not self._midway
-        if done and self.loop.time() - self.idle_since > seconds and not self.transport.is_closing():
+        if (
+            self.idle
+            and self.cycle is not None
+            and self.loop.time() - self.idle_since > seconds
+            and not self.transport.is_closing()
+        ):
             self.transport.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is asked here: the last answer is complete, and no byte of a next request has been read."""
+        answered = self.cycle is None or bool(self.cycle.response_complete)
+        return answered and not self._midway and not self.pipeline
 
     def release(self) -> bool:
         """Hand the connection back if it is idle and everything written has left; the drain asks again otherwise."""

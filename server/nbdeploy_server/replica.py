@@ -230,11 +230,15 @@ class Server:
         loop = asyncio.get_running_loop()
         limit = loop.time() + self._settings.timeout + 5
         state = self._uvicorn.server_state
+        told = False
         while loop.time() < limit:
             for connection in list(state.connections):
                 if isinstance(connection, HandoverProtocol):
                     connection.release()
             waiting = len(self._tasks) > 1  # connections just handed over, besides this task
+            left = [one for one in state.connections if isinstance(one, HandoverProtocol) and one.idle]
+            if not told and not waiting and not left:
+                told = self._say({"op": "let go"})  # from now on no next request is answered here
             if not state.connections and not waiting and not self._front.metrics.inflight:
                 break
             await asyncio.sleep(0.01)

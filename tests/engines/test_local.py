@@ -89,6 +89,18 @@ def test_updates_refuse_and_cut_nothing(house: House, name: str) -> None:
     assert set(answers) == {1, 2, 3, 4, 5, 6}
 
 
+def test_after_an_update_kept_connections_get_the_new_revision(house: House, name: str) -> None:
+    """Once apply has returned, the very next request on a connection that was kept open is answered by the new one."""
+    source = "def predict(x: int) -> int:\n    return {number}\n"
+    first = house.apply(name, source.format(number=1))
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(Raw(first.url, house.engine.key(name))) for _ in range(12)]
+        for number in range(1, 5):
+            if number > 1:
+                house.apply(name, source.format(number=number))
+            assert [raw.ask({"x": 1}) for raw in kept] == [number] * 12
+
+
 def test_idle_connections_survive_a_handover(house: House, name: str) -> None:
     """Connections that idle, or send at the very moment of the handover, get their answer from the new Replica."""
     source = "def predict(x: int) -> int:\n    return {number}\n"

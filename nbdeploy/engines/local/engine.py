@@ -155,6 +155,22 @@ class LocalEngine:
             raise UsageError(
                 "--gpu: this machine has no GPU that is ready for use. Leave it out, or choose another engine."
             )
+        self._check_port(revision)
+
+    def _check_port(self, revision: Revision) -> None:
+        """Find out that a fixed port is taken before anything is captured."""
+        port = revision.serving.port
+        if not port or Layout(self._home, revision.name).read("endpoint.json").get("port") == port:
+            return
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise EngineError(
+                    f"Port {port} of this machine is taken ({error.strerror}). Choose another with --port, or leave it "
+                    "out."
+                ) from None
 
     def key(self, name: str) -> str:
         """Return the Endpoint's key, "" where it is public."""

@@ -55,6 +55,7 @@ class Replica:
         self.started = time.monotonic()
         self.changed = asyncio.Event()
         self.gone = asyncio.Event()
+        self.let_go = asyncio.Event()  # drained of idle connections: a next request goes to its successors
         self.serves = False
         self.unwanted = False  # taken away on purpose: its end is no crash
         self.returned: Callable[[socket.socket], None] = lambda sock: sock.close()
@@ -181,6 +182,8 @@ class Replica:
             if self.state is State.STARTING:
                 self.state = State.READY
             self._changed()
+        elif op == "let go":
+            self.let_go.set()
         elif op == "progress":
             self.progress = message["text"]
             self._changed()
@@ -219,6 +222,7 @@ class Replica:
         self.state = State.GONE
         self.reason = "" if self.unwanted else _why(status, self.failed_reason, last)
         self.gone.set()
+        self.let_go.set()
         self._loop.remove_reader(self._output)
         self._loop.remove_reader(self._sock)
         os.close(self._output)

@@ -5,7 +5,6 @@ what crashes. It never reads a request: there is no proxy hop, and an update ref
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -13,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,15 +24,15 @@ from nbdeploy_server import channel
 
 from nbdeploy.engines.local import orphans
 from nbdeploy.engines.local.layout import Layout
+from nbdeploy.engines.local.listener import Listener, PortTakenError
 from nbdeploy.engines.local.logfile import LogFile
 from nbdeploy.engines.local.refusal import refuse
 from nbdeploy.engines.local.replica import Replica, State
 from nbdeploy.process import Identity, resident
 from nbdeploy.spec import Phase, Revision
 
-HOLD = 10.0  # seconds a connection waits while no Replica is ready, before it gets a 503
-BACKLOG = 1024
 SHORT = 70  # bytes that leave room for the rest of a socket's path, on macOS (104) too
+LET_GO = 3.0  # seconds an update waits at most for the old Replicas to hand their idle connections back
 STABLE = 60.0  # seconds a Replica must live for its earlier crashes to be forgotten
 MAX_BACKOFF = 30.0  # seconds between restarts at most
 GIVE_UP = 6  # crashes in a row after which the phase is "failed"; restarts go on
@@ -58,15 +56,13 @@ class Supervisor:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._log = LogFile(layout.logs)
-        self._listener: socket.socket | None = None
+        self._listener = Listener(self._serving, lambda: self._crashes >= GIVE_UP or self._stopping.is_set())
         self._revision: Revision | None = None
         self._replicas: list[Replica] = []
-        self._waiting: collections.deque[tuple[socket.socket, float]] = collections.deque()
         self._crashes = 0
         self._last_crash = 0.0
         self._reason = ""
         self._count = 0
-        self._turns = 0
         self._applying = ""
         self._change = asyncio.Lock()
         self._stopping = asyncio.Event()
@@ -106,10 +102,9 @@ class Supervisor:
 
     async def _shut_down(self) -> None:
         """Refuse new connections, let what runs finish, then end what is left."""
-        self._close_listener()
+        self._listener.close()
         self._revision = None
-        while self._waiting:
-            refuse(self._waiting.popleft()[0])
+        self._listener.refuse_all()
         for replica in self._replicas:
             replica.returned = refuse
             replica.drain()
@@ -126,92 +121,14 @@ class Supervisor:
             for replica in replicas:
                 replica.kill()
 
-    # -- connections --------------------------------------------------------------------------------------------
-
-    def _listen(self, port: int) -> None:
-        """Open the listener; a port that was given but is taken is an error with words."""
-        if self._listener is not None and port in {0, self._listener.getsockname()[1]}:
-            return
-        wanted = port or int(self._layout.read("endpoint.json").get("port", 0))
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            listener.close()
-            raise ApplyError(
-                f"Port {wanted} of this machine is taken ({error.strerror}). Choose another with --port, or stop the "
-                "program that has it."
-            ) from error
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-        self._close_listener()
-        self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
-
-    def _close_listener(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
-
-    def _accept(self) -> None:
-        """Take every connection that waits."""
-        listener = self._listener
-        for _ in range(BACKLOG):
-            if listener is None:
-                return
-            try:
-                sock, _address = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:  # out of descriptors: leave the rest in the backlog for a moment
-                print(f"nbdeploy: cannot accept: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's log
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(listener)
-                loop.call_later(1.0, self._accept_again, listener)
-                return
-            # Sockets that are passed on lack asyncio's TCP_NODELAY, which costs about 40 ms per kept connection's call.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._hand(sock)
-
-    def _accept_again(self, listener: socket.socket) -> None:
-        if listener is self._listener:
-            asyncio.get_running_loop().add_reader(listener, self._accept)
-
-    def _hand(self, sock: socket.socket) -> None:
-        """Give a connection to the ready Replica with the fewest in flight, then connections, then in turn."""
-        for replica in sorted(self._serving(), key=lambda one: (one.inflight, one.connections, one.turn)):
-            if replica.give(sock):
-                self._turns += 1
-                replica.turn = self._turns
-                sock.close()
-                return
-        if self._crashes >= GIVE_UP or self._stopping.is_set():
-            refuse(sock)
-        else:
-            self._waiting.append((sock, time.monotonic()))
-
-    def _hand_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, collections.deque()
-        for sock, since in waiting:
-            before = len(self._waiting)
-            self._hand(sock)
-            if len(self._waiting) > before:
-                self._waiting[-1] = (sock, since)
-
     async def _sweep(self) -> None:
-        """Tell those who have waited too long that nothing is ready; retry those a full channel held up.
+        """Look after what waits and what is left over.
 
         A supervisor whose folder was removed, or whose deploy was killed before anything served, stops itself.
         """
         for ticks in itertools.count(1):
             await asyncio.sleep(0.25)
-            now = time.monotonic()
-            while self._waiting and now - self._waiting[0][1] > HOLD:
-                refuse(self._waiting.popleft()[0])
-            if self._waiting:
-                self._hand_waiting()
+            self._listener.sweep()
             if ticks % 120 == 0:  # every 30 s
                 orphans.reap(replica.process.pid for replica in self._replicas)
             if not (self._layout.folder / "supervisor.json").exists():
@@ -244,7 +161,7 @@ class Supervisor:
     def _spawn(self, revision: Revision) -> Replica:
         self._count += 1
         replica = Replica(f"r{revision.number}-{self._count}", revision, self._changed)
-        replica.returned = self._hand
+        replica.returned = self._listener.hand
         try:
             replica.start(self._layout, self._settings(revision), self._log)
         except (OSError, KeyError, ValueError) as error:  # no such interpreter, no process left, a damaged launch file
@@ -278,7 +195,7 @@ class Supervisor:
     def _serve_with(self, replica: Replica) -> None:
         replica.serves = True
         self._spread()
-        self._hand_waiting()
+        self._listener.hand_waiting()
 
     def _spread(self) -> None:
         """Tell Replicas whether others could take their connections."""
@@ -372,12 +289,18 @@ class Supervisor:
 
     def _commit(self, revision: Revision) -> None:
         self._revision = revision
-        self._layout.commit(revision.number, self._listener.getsockname()[1] if self._listener is not None else 0)
+        self._layout.commit(revision.number, self._listener.port)
 
     def _listen_if_free(self, revision: Revision) -> None:
         """Find out that a port is taken before the model is loaded, not after."""
-        if self._listener is None:
-            self._listen(revision.serving.port)
+        if not self._listener.port:
+            self._listen(revision)
+
+    def _listen(self, revision: Revision) -> None:
+        try:
+            self._listener.open(revision.serving.port, int(self._layout.read("endpoint.json").get("port", 0)))
+        except PortTakenError as error:
+            raise ApplyError(str(error)) from error
 
     async def _replace(self, revision: Revision, wanted: int, tell: Tell, reader: asyncio.StreamReader) -> None:
         self._applying = f"starting revision {revision.number}"
@@ -385,13 +308,13 @@ class Supervisor:
         try:
             fresh += (self._spawn(revision) for _ in range(wanted))
             await self._until_ready(fresh, tell, reader)
-            self._listen(revision.serving.port)
+            self._listen(revision)
         except BaseException:
             for replica in fresh:
                 replica.unwanted = True
                 replica.kill()
             if self._revision is None:
-                self._close_listener()
+                self._listener.close()
             raise
         finally:
             self._applying = ""
@@ -403,6 +326,11 @@ class Supervisor:
             replica.drain()
         patience = max((one.revision.serving.timeout for one in old), default=0.0) + 15
         self._task(self._until_gone(old, patience))
+        # Done means that a next request is answered by this Revision, on a connection that is kept open too.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LET_GO):
+                for replica in old:
+                    await replica.let_go.wait()
 
     async def _resize(
         self, current: Revision, revision: Revision, wanted: int, tell: Tell, reader: asyncio.StreamReader
@@ -414,7 +342,7 @@ class Supervisor:
             fresh += (self._spawn(revision) for _ in range(wanted - len(mine)))
             # One that crashed and is being restarted counts too: ready means all of them.
             await self._until_ready([one for one in mine if one.state is State.STARTING] + fresh, tell, reader)
-            self._listen(revision.serving.port)
+            self._listen(revision)
         except BaseException:
             for replica in fresh:
                 replica.unwanted = True
@@ -465,7 +393,7 @@ class Supervisor:
             "phase": phase,
             "reason": reason,
             "revision": revision.number if revision is not None else 0,
-            "port": self._listener.getsockname()[1] if self._listener is not None else 0,
+            "port": self._listener.port,
             "ready": len(ready),
             "desired": desired,
             "in_flight": sum(one.inflight for one in self._replicas),
