@@ -48,10 +48,10 @@ class Page:
         self._map.close()
 
 
-def send(sock: socket.socket, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
-    """Send bytes with descriptors; raises BlockingIOError where the peer does not read."""
+def send(sock: socket.socket, data: bytes, descriptors: tuple[int, ...] = ()) -> int:
+    """Send bytes with descriptors and return how many went; raises BlockingIOError where the peer does not read."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    sock.sendmsg([data], ancillary)
+    return sock.sendmsg([data], ancillary)
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:

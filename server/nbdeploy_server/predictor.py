@@ -11,8 +11,11 @@ import contextlib
 import functools
 import inspect
 import os
+import shutil
 import sys
+import tempfile
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +122,8 @@ def load(bundle: Bundle, unpacked: Path) -> Predictor:
     code = unpacked / "code"
     if code.is_dir():
         sys.path.insert(0, str(code))
-    for wheel in sorted((unpacked / "wheels").glob("*.whl")) if (unpacked / "wheels").is_dir() else ():
-        sys.path.insert(0, str(wheel))
+    for wheel in sorted((unpacked / "wheels").glob("*.whl")):
+        sys.path.insert(0, str(_extracted(wheel, unpacked / "installed")))
     bundle.fill_linecache()
     parts = bundle.load()
     how = manifest.predict
@@ -139,6 +142,21 @@ def load(bundle: Bundle, unpacked: Path) -> Predictor:
         seed=manifest.seed,
         has_answer=has_answer,
     )
+
+
+def _extracted(wheel: Path, folder: Path) -> Path:
+    """Return a wheel's files in a folder: compiled modules and data files cannot be used out of the archive."""
+    target = folder / wheel.stem
+    if not target.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial)  # refuses no name, but leaves out drives, roots and ".."
+        try:
+            partial.rename(target)
+        except OSError:  # another Replica of this Bundle was first
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
 
 
 @contextlib.contextmanager

@@ -106,6 +106,7 @@ class Server:
         self._page = channel.Page(settings.shared)
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._unsent = b""
         self.orphaned = False  # the supervisor is gone: nobody takes connections back
 
     async def serve(self) -> None:
@@ -165,11 +166,30 @@ class Server:
             await asyncio.sleep(1.0)
 
     def _say(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> bool:
+        """Tell the supervisor; False where it does not take it now, which a message without descriptors outwaits."""
+        data = channel.encode(message)
+        if self._unsent:
+            if not descriptors:
+                self._unsent += data
+            return not descriptors
         try:
-            channel.send(self._control, channel.encode(message), descriptors)
+            sent = channel.send(self._control, data, descriptors)
         except (BlockingIOError, ConnectionError):
             return False
+        if sent < len(data):  # a long text, and a supervisor that is behind: half a line must not stay alone
+            self._unsent = data[sent:]
+            asyncio.get_running_loop().add_writer(self._control, self._say_rest)
         return True
+
+    def _say_rest(self) -> None:
+        try:
+            self._unsent = self._unsent[channel.send(self._control, self._unsent) :]
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            self._unsent = b""
+        if not self._unsent:
+            asyncio.get_running_loop().remove_writer(self._control)
 
     def _orders(self) -> None:
         while (got := channel.receive(self._control)) is not None:

@@ -675,6 +675,15 @@ def test_a_gpu_that_is_not_there_is_told_before_the_capture(house: House, name: 
         house.engine.check(Revision(name, 1, "", resources=Resources(gpus=1)))
 
 
+def test_delete_removes_what_was_laid_out(house: House, name: str) -> None:
+    """Code and files laid out for Replicas go with the last Endpoint that needs them."""
+    house.apply(name, ADD)
+    unpacked = house.home / "store" / "unpacked" / house.engine.revisions(name)[-1].bundle.partition(":")[2]
+    assert unpacked.is_dir()
+    house.engine.delete(name)
+    assert not unpacked.exists()
+
+
 def test_a_lost_interpreter_is_told(house: House, name: str) -> None:
     """Where the Python of the Bundle's kernel is gone, start says so."""
     house.apply(name, ADD)

@@ -313,7 +313,20 @@ class LocalEngine:
 
     def _remove(self, layout: Layout) -> None:
         self._stop(layout)
+        bundles = self._bundles(layout)
         shutil.rmtree(layout.folder, ignore_errors=True)
+        others = (Layout(self._home, path.name) for path in (self._home / "endpoints").iterdir())
+        for digest in bundles.difference(*(self._bundles(other) for other in others)):
+            # The files laid out for its Replicas; blobs stay in the Store, where a next deploy finds them.
+            shutil.rmtree(layout.store / "unpacked" / digest.partition(":")[2], ignore_errors=True)
+
+    @staticmethod
+    def _bundles(layout: Layout) -> set[str]:
+        """Return the digests that an Endpoint's Revisions need; none where its folder is not ours."""
+        try:
+            return {revision.bundle for revision in layout.revisions()}
+        except (ValueError, KeyError, TypeError, OSError):
+            return set()
 
     @staticmethod
     def _url(layout: Layout) -> str:
