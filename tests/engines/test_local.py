@@ -32,6 +32,8 @@ from tests.engines.conftest import ADD, NEVER_LOADS, PID, PRINTS, SLEEPS, House,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
+
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:

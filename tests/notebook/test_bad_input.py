@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
+
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(home: Path, book: Any) -> Iterator[None]:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
+
 
 def test_helpers_with_names_as_common_as_model_and_utils(book: Any) -> None:
     """`model.py` and `utils.py` beside the notebook travel as files, with what they import in turn, and nothing beside."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from nbdeploy.jobs import all_jobs
 
+pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
+
 
 def test_the_model_is_a_list_a_dict_one_attribute_or_unused(book: Any) -> None:
     """A MODEL may be a list, a dict or an attribute of a trainer; one that predict does not need is named on the card."""

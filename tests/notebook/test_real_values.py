@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
+
 
 def test_inputs_that_are_no_plain_json(book: Any) -> None:
     """Pydantic models, Enums, frames, images and bytes arrive as what the annotation or the sample says they are."""

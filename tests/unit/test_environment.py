@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import time
 import tomllib
 import zipfile
 from importlib import metadata
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from nbdeploy.distributions import Distribution
-from nbdeploy.environment import ALWAYS, _foreign, distribution_of, lock, needed, owners, requirements, resolve
+from nbdeploy.environment import _foreign, distribution_of, lock, needed, owners, requirements, resolve
 from nbdeploy.errors import CaptureError, DeployError
 from nbdeploy.wheels import wheel
 
@@ -120,25 +119,16 @@ def test_what_is_needed_here_without_imports() -> None:
     """A real environment: roots and their closure, exact versions, server and cloudpickle always, nothing imported."""
     code = (
         "import sys; from nbdeploy.environment import needed; "
-        "print(*(f'{d.name}=={d.version}' for d in needed(['jinja2.sandbox', 'os.path', 'no_such_module']))); "
-        "print('jinja2' in sys.modules, 'fastapi' in sys.modules)"
+        "print(*(f'{d.name}=={d.version}' for d in needed(['sklearn.svm', 'os.path', 'no_such_module']))); "
+        "print('sklearn' in sys.modules, 'fastapi' in sys.modules)"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
     pins, imported = result.stdout.splitlines()
-    for name in ("jinja2", "markupsafe", "cloudpickle", "msgspec", "fastapi", "starlette", "pydantic-core"):
+    for name in ("scikit-learn", "joblib", "cloudpickle", "msgspec", "fastapi", "starlette", "pydantic-core"):
         assert f"{name}=={metadata.version(name)}" in pins.split()
     assert "pytest" not in pins
     assert imported == "False False"
-
-
-def test_it_is_fast() -> None:
-    """All that is installed here is looked through in a moment; the bound is for a slow machine."""
-    tops = sorted(metadata.packages_distributions())
-    started = time.perf_counter()
-    found = needed(tops)
-    assert time.perf_counter() - started < 3
-    assert len(found) > len(ALWAYS)
 
 
 def test_closure_follows_markers_and_extras(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from tests.conftest import DEADLINE, leftovers, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
+
 
 def cell(source: str) -> dict[str, Any]:
     """Return what a notebook has after running this cell."""
