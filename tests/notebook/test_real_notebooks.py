@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from nbdeploy.jobs import all_jobs
 
 pytestmark = pytest.mark.slow  # each test starts kernels or processes; make test-quick leaves them out
