@@ -70,7 +70,7 @@ def canonical(manifest: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a Bundle is made of; docs/bundle-format.md explains each field."""
+    """What a Bundle is made of; docs/2-bundle-format.md explains each field."""
 
     requires: Mapping[str, str]
     made_with: Mapping[str, str]
