@@ -241,9 +241,7 @@ class Work:
         number = (earlier[-1].number if earlier else 0) + 1
         revision = Revision.from_json({**self._spec["revision"], "bundle": self._bundle.digest, "number": number})
         status = self._engine.apply(revision, self._bundle, on_progress)
-        journal.write(
-            "starting", "done", f"{status.ready} of {status.desired} replica{'s' if status.desired != 1 else ''}"
-        )
+        journal.write("starting", "done", _replicas(status))
         return status
 
     @contextlib.contextmanager
@@ -271,7 +269,7 @@ class Work:
         """Ready means: a real request through the Endpoint's URL answered the sample correctly."""
         reader = self._bundle.reader()
         manifest = reader.manifest
-        replicas = f"{status.ready} of {status.desired} replica{'s' if status.desired != 1 else ''}"
+        replicas = _replicas(status)
         if manifest.sample is None:
             self._journal.write("ready", "done", f"{replicas} · no sample to ask with")
             return None, verdict
@@ -350,6 +348,10 @@ class Work:
 
 def _silent(_words: str, _data: Mapping[str, Any]) -> None:
     """Take progress that nobody watches."""
+
+
+def _replicas(status: Status) -> str:
+    return f"{status.ready} of {status.desired} replica{'s' if status.desired != 1 else ''}"
 
 
 def manifest_timeout(spec: Mapping[str, Any]) -> float:

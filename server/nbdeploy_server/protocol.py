@@ -84,15 +84,16 @@ class HandoverProtocol(HttpToolsProtocol):
     @property
     def idle(self) -> bool:
         """Whether nothing is asked here: the last answer is complete, and no byte of a next request has been read."""
-        answered = self.cycle is None or bool(self.cycle.response_complete)
-        return answered and not self._midway and not self.pipeline
+        return self._answered and not self._midway
+
+    @property
+    def _answered(self) -> bool:
+        return (self.cycle is None or bool(self.cycle.response_complete)) and not self.pipeline
 
     def release(self) -> bool:
         """Hand the connection back if it is idle and everything written has left; the drain asks again otherwise."""
         transport = self.transport
-        if transport is None or transport.is_closing() or self.pipeline:
-            return False
-        if self.cycle is not None and not self.cycle.response_complete:
+        if transport is None or transport.is_closing() or not self._answered:
             return False
         if self._midway:  # bytes that this process has read cannot be handed over: they must become a request here
             self._stalled = self._stalled or self.loop.time()

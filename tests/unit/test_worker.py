@@ -25,7 +25,7 @@ from nbdeploy.errors import (
     VerificationError,
 )
 from nbdeploy.jobs import Event, Job, all_jobs, running_job
-from nbdeploy.process import clean_environment
+from nbdeploy.process import Identity, clean_environment
 from tests.conftest import DEADLINE, leftovers, wait_until
 
 if TYPE_CHECKING:
@@ -107,9 +107,8 @@ def nothing_runs(home: Path, *, served: bool) -> None:
     assert not any((job.folder / "child.json").exists() for job in all_jobs(home))
 
 
-@pytest.mark.parametrize(("step", "served"), rows(MOMENTS, "locked starting ready", "captured verified started"))
-def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
-    """SIGTERM ends the deploy as cancelled; what served before serves, a first deploy leaves nothing."""
+def at(step: str, monkeypatch: pytest.MonkeyPatch, *, served: bool) -> tuple[Job, Identity]:
+    """Begin a deploy with a secret, over an older one or not; return it and its worker once it has come to a step."""
     monkeypatch.setenv("TOKEN", "s3cret")
     if served:
         deploy(OLD, name="one", verify=False)
@@ -118,6 +117,13 @@ def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: 
     until(job, MOMENTS[step])
     worker = job.worker()
     assert worker is not None
+    return job, worker
+
+
+@pytest.mark.parametrize(("step", "served"), rows(MOMENTS, "locked starting ready", "captured verified started"))
+def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
+    """SIGTERM ends the deploy as cancelled; what served before serves, a first deploy leaves nothing."""
+    job, worker = at(step, monkeypatch, served=served)
     worker.signal(signal.SIGTERM)
     last = list(job.follow())[-1]
     assert (last.step, last.state) == ("job", "cancelled")
@@ -130,14 +136,7 @@ def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: 
 )
 def test_kill_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
     """A worker that is killed leaves no word: whoever follows says it, nothing half-made serves, a new deploy works."""
-    monkeypatch.setenv("TOKEN", "s3cret")
-    if served:
-        deploy(OLD, name="one", verify=False)
-    job = begin(secrets=("TOKEN",))
-    wait_until(job.worker)
-    until(job, MOMENTS[step])
-    worker = job.worker()
-    assert worker is not None
+    job, worker = at(step, monkeypatch, served=served)
     worker.signal(signal.SIGKILL)
     last = list(job.follow())[-1]
     assert (last.step, last.state, last.data["error"]) == ("job", "failed", "DeployError")

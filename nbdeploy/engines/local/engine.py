@@ -162,15 +162,12 @@ class LocalEngine:
         port = revision.serving.port
         if not port or Layout(self._home, revision.name).read("endpoint.json").get("port") == port:
             return
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                raise EngineError(
-                    f"Port {port} of this machine is taken ({error.strerror}). Choose another with --port, or leave it "
-                    "out."
-                ) from None
+        from nbdeploy.engines.local.listener import PortTakenError, bound
+
+        try:
+            bound(port).close()
+        except PortTakenError as error:
+            raise EngineError(str(error)) from None
 
     def key(self, name: str) -> str:
         """Return the Endpoint's key, "" where it is public."""

@@ -20,6 +20,21 @@ class PortTakenError(Exception):
     """A port that was asked for belongs to another program; the message is for the user."""
 
 
+def bound(port: int) -> socket.socket:
+    """Return a socket bound to a port of this machine, 0 for any; raises PortTakenError."""
+    fresh = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        fresh.bind(("127.0.0.1", port))
+    except OSError as error:
+        fresh.close()
+        raise PortTakenError(
+            f"Port {port} of this machine is taken ({error.strerror}). Choose another with --port, or stop the "
+            "program that has it."
+        ) from error
+    return fresh
+
+
 class Listener:
     """A listening socket and the connections that no Replica has yet.
 
@@ -44,17 +59,7 @@ class Listener:
         """Listen on a port; 0 means the present one, else the kept one, else any. Raises PortTakenError."""
         if self._socket is not None and port in {0, self.port}:
             return
-        wanted = port or kept
-        fresh = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            fresh.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            fresh.close()
-            raise PortTakenError(
-                f"Port {wanted} of this machine is taken ({error.strerror}). Choose another with --port, or stop the "
-                "program that has it."
-            ) from error
+        fresh = bound(port or kept)
         fresh.listen(BACKLOG)
         fresh.setblocking(False)
         self.close()
