@@ -184,3 +184,33 @@ def test_let_go() -> None:
     with start("print(1)") as process:
         let_go(process)
         wait_until(lambda: not Path(f"/proc/{process.pid}").exists())
+
+
+def test_a_user_site_works_in_a_clean_process(tmp_path: Path) -> None:
+    """What was installed with `pip install --user`, editable installs (.pth) in it too, is found under -I as well."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    user_site = tmp_path / "base" / "lib" / version / "site-packages"
+    project = tmp_path / "project"
+    user_site.mkdir(parents=True)
+    project.mkdir()
+    (project / "edited_by_user.py").write_text("WORD = 'found'\n", encoding="utf-8")
+    (user_site / "edited.pth").write_text(f"{project}\n", encoding="utf-8")
+    (user_site / "installed_by_user.py").write_text(
+        "from pathlib import Path\nimport edited_by_user\n"
+        "def main(argument): Path(argument['file']).write_text(edited_by_user.WORD)\n",
+        encoding="utf-8",
+    )
+    code = f"""
+import os, subprocess, sys
+from pathlib import Path
+sys.path.append({str(user_site)!r})
+from nbdeploy.process import kernel_path, launch
+argument = {{"file": {str(tmp_path / "word")!r}}}
+environment = {{"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}}
+process = launch("installed_by_user:main", argument, path=kernel_path(), environment=environment,
+                 folder=Path({str(tmp_path)!r}), output=subprocess.DEVNULL)
+sys.exit(process.wait(60))
+"""
+    environ = {**os.environ, "PYTHONUSERBASE": str(tmp_path / "base")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environ, timeout=90)
+    assert (tmp_path / "word").read_text(encoding="utf-8") == "found"
