@@ -7,7 +7,7 @@ WORKERS ?= 2
 export UV_PROJECT_ENVIRONMENT := $(VENV)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
-.PHONY: help demo lab test test-quick check format lock bench clean
+.PHONY: help demo lab test test-quick cluster check format lock bench clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -37,6 +37,9 @@ test: $(VENV)/.test ## the whole suite
 test-quick: $(VENV)/.quick ## the suite without torch and slow tests
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not torch and not slow"
 
+cluster: ## install what the Kubernetes of the tests needs (Linux, root; minutes, once)
+	@tests/cluster/cluster install
+
 check: $(VENV)/.check ## style, types, layers
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -50,10 +53,10 @@ format: $(VENV)/.check ## mend style
 lock: | $(UV) ## renew the exact versions of requirements/*.txt
 	@$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate --no-header \
 	  pyproject.toml requirements/test.in -o requirements/test.txt
-	@for set in demo lab check quick; do $(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+	@for set in demo lab check quick bench; do $(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
 	  pyproject.toml requirements/$$set.in -c requirements/test.txt -o requirements/$$set.txt; done
 
-bench: $(VENV)/.test ## every benchmark; each prints ratios
+bench: $(VENV)/.bench ## every benchmark; each prints ratios
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 clean: ## remove the virtual environment and caches

@@ -32,7 +32,7 @@ BODY = b'{"value": 4.0}'
 class Caller:
     """One client: its connection, the answer so far, and when it asked."""
 
-    port: int
+    address: tuple[str, int]
     request: bytes
     sock: socket.socket | None = None
     data: bytes = b""
@@ -44,7 +44,7 @@ class Caller:
     def ask(self, selector: selectors.BaseSelector) -> None:
         """Send one request, over a new connection if there is none."""
         if self.sock is None:
-            self.sock = socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_TIMEOUT)
+            self.sock = socket.create_connection(self.address, timeout=ANSWER_TIMEOUT)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             selector.register(self.sock, selectors.EVENT_READ, self)
             self.connections += 1
@@ -79,18 +79,20 @@ class Caller:
         return True
 
 
-def call_until_told(port: int, key: str, clients: int, think: float) -> dict[str, Any]:
+def call_until_told(
+    port: int, key: str, clients: int, think: float, host: str = "127.0.0.1", longest: float = LONGEST
+) -> dict[str, Any]:
     """Call until standard input ends; returns latencies and failures."""
     request = (
-        f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {key}\r\n"
+        f"POST /predict HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(BODY)}\r\n\r\n"
     ).encode() + BODY
     selector = selectors.DefaultSelector()
     selector.register(sys.stdin, selectors.EVENT_READ, None)
     now = time.monotonic()
-    callers = [Caller(port, request, due=now + think * number / clients) for number in range(clients)]
+    callers = [Caller((host, port), request, due=now + think * number / clients) for number in range(clients)]
     failures: list[str] = []
-    limit, told = now + LONGEST, False
+    limit, told = now + longest, False
 
     def guard(caller: Caller, work: Any) -> None:
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +30,18 @@ class Bundle:
     def manifest(self) -> Manifest:
         """What is in it."""
         return self.reader().manifest
+
+    @contextlib.contextmanager
+    def wheels(self) -> Iterator[Path | None]:
+        """Give a folder with the wheels that travel, under their names; None where none does."""
+        found = [file for file in self.manifest.files if file.kind == "wheel"]
+        if not found:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="nbdeploy-wheels-") as folder:
+            for file in found:
+                Path(folder, file.path).symlink_to(self.store.path(file.ref.digest).resolve())
+            yield Path(folder)
 
     @property
     def unpacked(self) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from nbdeploy_server import __version__
 
+from nbdeploy.cluster_cli import cluster
 from nbdeploy.errors import NbdeployError, UsageError
 
 _NAME = click.argument("name")
@@ -78,19 +79,20 @@ def _state(status: Any, engine: str) -> dict[str, Any]:
 @_JSON
 def list_endpoints(engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """List Endpoints."""
-    from nbdeploy.endpoint import endpoints
+    from nbdeploy.endpoint import survey
 
-    rows = []
-    for endpoint in endpoints(engine):
-        with contextlib.suppress(NbdeployError):  # deleted while we look
-            rows.append(_state(endpoint.status(), endpoint.engine))
+    found, silent = survey(engine)
+    rows = [_state(status, name) for name, status in found]
     if as_json:
         _echo_json(rows)
-        return
-    if not rows:
+    elif rows:
+        _table(rows)
+    for name, error in silent:
+        click.echo(f"{name} did not answer: {error}", err=True)
+    if silent:
+        sys.exit(1)
+    if not rows and not as_json:
         click.echo("No Endpoint yet. In a notebook: %load_ext nbdeploy, then %deploy model predict_fn")
-        return
-    _table(rows)
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
@@ -110,7 +112,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
             f"[{colour}]{row['phase']}[/]",
             str(row["revision"]),
             f"{row['replicas']['ready']}/{row['replicas']['desired']}",
-            str(row["autoscaling"]["in_flight"]),
+            "-" if row["autoscaling"]["in_flight"] is None else str(row["autoscaling"]["in_flight"]),
             row["url"],
         )
     console = Console()
@@ -150,7 +152,7 @@ def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT00
         ("url", row["url"]),
         ("revision", str(row["revision"])),
         ("replicas", f"{row['replicas']['ready']} of {row['replicas']['desired']} ready"),
-        ("in flight", str(row["autoscaling"]["in_flight"])),
+        ("in flight", "" if row["autoscaling"]["in_flight"] is None else str(row["autoscaling"]["in_flight"])),
         ("memory", f"{row['memory_bytes'] / 1e6:.0f} MB" if row["memory_bytes"] else ""),
         ("key", f"nbdeploy key {name}" if row["key_file"] else "none (public)"),
         ("notebook", row["notebook"]),
@@ -327,8 +329,13 @@ def delete(name: str | None, everything: bool, engine: str | None) -> None:  # n
         raise UsageError("Give a NAME, or --all.")
     found = endpoints(engine) if everything else [_deployed_or_under_way(str(name), engine)]
     for endpoint in found:
+        left: list[str] = []
+        with contextlib.suppress(NbdeployError):  # its record cannot be read, or only its first deploy is under way
+            left = endpoint.remains()
         endpoint.delete()
         click.echo(f"{endpoint.name} is deleted.")
+        for image in left:
+            click.echo(f"  stays in the registry: {image}")
     if not found:
         click.echo("There is no Endpoint.")
 
@@ -452,6 +459,8 @@ _CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("uv", _check_uv),
     ("machine", _check_memory),
 ]
+
+main.add_command(cluster)
 
 if __name__ == "__main__":
     main()

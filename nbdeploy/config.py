@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdeploy.errors import ConfigError, StoreError
+from nbdeploy.errors import ConfigError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +52,11 @@ class EngineSettings:
     tolerations: tuple[Mapping[str, Any], ...] = ()
     torch_index: str | None = None
 
+    def arguments(self, name: str) -> dict[str, Any]:
+        """Return what an Engine of this name is made with, as plain data: its name, and what is set."""
+        rows = {key: value for key, value in dataclasses.asdict(self).items() if key != "kind" and value}
+        return {"name": name, **rows}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -72,14 +77,14 @@ class Settings:
     def engine(self, name: str | None = None) -> EngineSettings:
         """Return the engine of this name: one of the settings, or a kind without settings. None is the default engine.
 
-        Raises ConfigError where there is none.
+        Raises UsageError where there is none.
         """
         wanted = name or self.default_engine
         if wanted in self.engines:
             return self.engines[wanted]
         if _is_kind(wanted):
             return EngineSettings(wanted)
-        raise ConfigError(f"there is no engine {wanted!r}: {_allowed(wanted, {*self.engines, *_kinds()})}")
+        raise UsageError(f"There is no engine {wanted!r}: {_allowed(wanted, {*self.engines, *_kinds()})}")
 
 
 def settings(notebook_folder: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -106,7 +111,7 @@ def settings(notebook_folder: Path | None = None, environ: Mapping[str, str] = o
     made = Settings(**values, engines=engines)
     try:
         made.engine()
-    except ConfigError as error:
+    except UsageError as error:
         raise ConfigError(f"{origins['default_engine']}: default_engine: {error}") from None
     return made
 
@@ -282,6 +287,9 @@ def _engine(source: str, name: str, table: Mapping[str, Any]) -> EngineSettings:
         values["kind"] = name
     if name in KINDS and values["kind"] != name:
         raise ConfigError(f'{source}: engines.{name}.kind must be "{name}", for its name says so; rename the engine')
+    if values["kind"] == "local" and len(values) > 1:
+        others = ", ".join(sorted(values.keys() - {"kind"}))
+        raise ConfigError(f"{source}: engines.{name}: a local engine has no settings of its own; remove {others}")
     values["tolerations"] = tuple(values.get("tolerations", ()))
     return EngineSettings(**values)
 

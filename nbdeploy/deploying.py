@@ -17,9 +17,9 @@ from typing import Any
 from nbdeploy import capture, errors
 from nbdeploy.capture.arguments import MISSING, name_of
 from nbdeploy.capture.taking import secret_environment
-from nbdeploy.config import Settings, home, settings
+from nbdeploy.config import EngineSettings, Settings, home, settings
 from nbdeploy.endpoint import Endpoint
-from nbdeploy.engines.base import HasCheck, check_owner, get_engine
+from nbdeploy.engines.base import HasCheck, HasTarget, check_owner, get_engine
 from nbdeploy.errors import DeployError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
 from nbdeploy.process import kernel_path, launch, let_go
@@ -65,6 +65,7 @@ class _Options:
     secrets: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
+    base_image: str = ""
     replace: bool = False
     verify: bool = True
     dry_run: bool = False
@@ -86,6 +87,7 @@ def deploy(
     pip: tuple[str, ...] = (),
     files: tuple[str, ...] = (),
     pass_model: bool | None = None,
+    base_image: str | None = None,
     replace: bool = False,
     verify: bool = True,
     wait: bool = True,
@@ -110,6 +112,7 @@ def deploy(
         pip: further requirements.
         files: files that travel.
         pass_model: overrides how the model is passed.
+        base_image: that the Image stands on, for engines that run containers.
         replace: take over an Endpoint of another notebook or owner.
         verify: prove the Bundle in a clean process first.
         wait: return once it is ready; else at once.
@@ -134,6 +137,7 @@ def deploy(
         secrets=secrets,
         variables=variables,
         pip=pip,
+        base_image=base_image or "",
         replace=replace,
         verify=verify,
         dry_run=dry_run,
@@ -220,11 +224,9 @@ def _default_name(predict: Any, context: Context) -> str:
 
 def _begin(request: capture.Request, options: _Options, known: Settings, on_event: OnEvent | None) -> Job:
     """Capture, write the Job, start its worker."""
-    if options.engine not in known.engines:
-        raise UsageError(f"There is no engine {options.engine!r}; there is {', '.join(sorted(known.engines))}.")
-    kind = known.engines[options.engine].kind
+    found = known.engine(options.engine)
     place = home()
-    engine = get_engine(kind, place)
+    engine = get_engine(found.kind, place, found.arguments(options.engine))
     revision = Revision(
         name=options.name,
         number=0,
@@ -235,8 +237,9 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         owner=getpass.getuser(),
         notebook=options.context.notebook,
         created=time.time(),
-        secrets=request.secrets,
+        secrets=options.secrets,
         variables=options.variables,
+        base_image=options.base_image,
     )
     if isinstance(engine, HasCheck):
         engine.check(revision)
@@ -247,11 +250,11 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         raise DeployError(
             f"A deploy of {options.name} is under way. Wait for it, or stop it: nbdeploy cancel {options.name}"
         )
-    values = secret_environment(options.secrets)
+    values = secret_environment(options.secrets, elsewhere=isinstance(engine, HasTarget))
     if on_event is not None:
         on_event(Event(0, time.time(), "captured", "running", "walking through what predict reaches"))
     taken = capture.take(request, Store(place / "store"))
-    job = Job.create(place, _spec(options, kind, place, request, taken, revision), values)
+    job = Job.create(place, _spec(options, found, place, request, taken, revision), values)
     journal = Journal(job)
     journal.write("captured", "done", _captured_words(taken), taken.seconds)
     journal.close()
@@ -260,14 +263,19 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
 
 
 def _spec(
-    options: _Options, kind: str, place: Path, request: capture.Request, taken: capture.Capture, revision: Revision
+    options: _Options,
+    engine: EngineSettings,
+    place: Path,
+    request: capture.Request,
+    taken: capture.Capture,
+    revision: Revision,
 ) -> dict[str, Any]:
     """Return what the worker has to do, as plain data."""
     return {
         "name": options.name,
         "engine": options.engine,
-        "kind": kind,
-        "engine_settings": {},
+        "kind": engine.kind,
+        "engine_settings": engine.arguments(options.engine),
         "home": str(place),
         "owner": revision.owner,
         "notebook": revision.notebook,

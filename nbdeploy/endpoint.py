@@ -7,12 +7,13 @@ import dataclasses
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nbdeploy.client import Client
 from nbdeploy.config import Settings, home, settings
-from nbdeploy.engines.base import Engine, HasHistory, HasKey, get_engine
+from nbdeploy.engines.base import Engine, HasHistory, HasKey, HasReach, HasRemains, get_engine
 from nbdeploy.errors import EndpointNotFoundError, EngineError, NbdeployError, UsageError
 from nbdeploy.jobs import all_jobs, running_job
 from nbdeploy.spec import Revision, Status
@@ -108,8 +109,8 @@ class Endpoint:
         return await client.call_async({**self._named(client, values), **arguments} if values else arguments)
 
     def _connected(self) -> Client:
-        if not self._url and self._engine_name:
-            self.status()  # a deploy that nobody waited for has come to its URL meanwhile
+        if self._client is None and self._engine_name:
+            self._reach()
         with self._lock:
             if self._client is None:
                 if not self._url:
@@ -120,6 +121,18 @@ class Endpoint:
                     self._url, self._key or self._find_key(), timeout=self._timeout, idempotent=self._idempotent
                 )
             return self._client
+
+    def _reach(self) -> None:
+        """Learn the URL, and have the engine bring up what it needs on this machine."""
+        try:
+            engine = self._engine()
+            if isinstance(engine, HasReach):
+                self._url = engine.reach(self._name)
+            elif not self._url:
+                self.status()  # a deploy that nobody waited for has come to its URL meanwhile
+        except NbdeployError:
+            if not self._url:  # else it travelled into another predict, where the engine is out of reach
+                raise
 
     def _find_key(self) -> str:
         if not self._engine_name:
@@ -217,8 +230,13 @@ class Endpoint:
         """Bring the Replicas back after a stop, or after a restart of the machine."""
         return self._apply(dataclasses.replace(self._last(), stopped=False))
 
+    def remains(self) -> list[str]:
+        """Name what `delete` leaves elsewhere: Images in a registry."""
+        engine = self._engine()
+        return engine.remains(self._name) if isinstance(engine, HasRemains) else []
+
     def delete(self) -> None:
-        """Remove the Endpoint: no process and no file of it is left."""
+        """Remove the Endpoint: no process, object or file of it is left. `remains` names what stays elsewhere."""
         engine = self._engine()
         job = running_job(home(), self._name, self._engine_name)
         if job is not None:
@@ -250,10 +268,8 @@ def _silent(_words: str, _data: Mapping[str, Any]) -> None:
 
 def engine_named(name: str, known: Settings | None = None) -> Engine:
     """Return the engine of a name in the settings."""
-    known = known or settings()
-    if name not in known.engines:
-        raise UsageError(f"There is no engine {name!r}; there is {', '.join(sorted(known.engines))}.")
-    return get_engine(known.engines[name].kind, home())
+    found = (known or settings()).engine(name)
+    return get_engine(found.kind, home(), found.arguments(name))
 
 
 def _all_engines(engine: str | None) -> Iterator[tuple[str, Engine]]:
@@ -266,12 +282,26 @@ def _all_engines(engine: str | None) -> Iterator[tuple[str, Engine]]:
                 raise  # else: the settings name an engine that this installation lacks; the others are still of use
 
 
-def endpoints(engine: str | None = None) -> list[Endpoint]:
-    """Return the Endpoints of one engine, or of all."""
-    found = []
+def survey(engine: str | None = None) -> tuple[list[tuple[str, Status]], list[tuple[str, NbdeployError]]]:
+    """Return what each engine lists, by the engine's name, and why those that did not answer did not."""
+    found: list[tuple[str, Status]] = []
+    silent: list[tuple[str, NbdeployError]] = []
     for name, one in _all_engines(engine):
-        found += [Endpoint(name=status.name, engine=name, url=status.url) for status in one.list()]
-    return found
+        try:
+            found += [(name, status) for status in one.list()]
+        except EngineError as error:
+            silent.append((name, error))
+    return found, silent
+
+
+def endpoints(engine: str | None = None) -> list[Endpoint]:
+    """Return the Endpoints of one engine, or of all; of an engine that does not answer it is told in a warning."""
+    found, silent = survey(engine)
+    if silent and not found:
+        raise silent[0][1]
+    for name, error in silent:
+        warnings.warn(f"The engine {name} did not answer: {error}", stacklevel=2)
+    return [Endpoint(name=status.name, engine=name, url=status.url) for name, status in found]
 
 
 def connect(
@@ -303,13 +333,15 @@ def connect(
         base = url.rstrip("/").removesuffix("/predict")
         key = os.environ.get("NBDEPLOY_KEY", "") if key is None else key
         return Endpoint(name="", engine="", url=base, key=key, timeout=timeout, idempotent=idempotent)
-    missing: list[EndpointNotFoundError] = []
+    missing: list[NbdeployError] = []
     found: list[tuple[str, Status]] = []
     for engine_name, one in _all_engines(engine):
         try:
             found.append((engine_name, one.status(str(name))))
         except EndpointNotFoundError as error:
             missing.append(error)
+        except EngineError as error:
+            missing.insert(0, error)  # it may be there: that one engine is silent says more than that others lack it
     if not found:
         if running_job(home(), str(name), engine) is not None:
             raise EndpointNotFoundError(f"{name} is being deployed for the first time: nbdeploy status {name}")

@@ -133,6 +133,32 @@ def lock(distributions: Iterable[Distribution], wheels: Mapping[str, str] | None
     ]
 
 
+def without_cuda(rows: Sequence[Mapping[str, Any]], *, path: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
+    """Return the rows for machines without GPUs: builds for CUDA become plain versions, and their libraries stay here.
+
+    CUDA libraries that something else than torch requires are kept. To be resolved with an index of CPU wheels.
+    """
+    index = index_of(path)
+    named = {str(row["name"]): row for row in rows}
+    todo = [name for name in named if name != "torch" and not is_cuda(name)]
+    wanted: set[str] = set()
+    while todo:
+        name = todo.pop()
+        installed = index.named.get(name)
+        if name in wanted or installed is None:
+            continue
+        wanted.add(name)
+        needs = (normalised(requirement.name) for requirement in _requirements(installed, frozenset()))
+        todo.extend(other for other in needs if is_cuda(other))
+    kept = [row for name, row in named.items() if not is_cuda(name) or name in wanted]
+    return [row if row["wheel"] else {**row, "version": re.sub(r"\+cu\d+$", "", str(row["version"]))} for row in kept]
+
+
+def is_cuda(name: str) -> bool:
+    """Tell whether a distribution of this normalised name holds parts of CUDA that only a GPU needs."""
+    return name.startswith(("nvidia-", "cuda-")) or name in {"triton", "pytorch-triton"}
+
+
 def requirements(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a requirements file of exact pins; wheels are named by their path relative to the Bundle's files."""
     return "".join(f"{_pin(row)}\n" for row in sorted(rows, key=lambda row: str(row["name"])))

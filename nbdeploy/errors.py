@@ -16,6 +16,7 @@
     │   ├── OwnershipError      the name belongs to another notebook
     │   ├── CancelledError
     │   └── EngineError         the Engine could not do it
+    │       └── RegistryError   the image registry refused or cannot be reached
     ├── EndpointNotFoundError
     └── RemoteError             the Endpoint answered with an error
         ├── BusyError           429: its queue is full
@@ -95,6 +96,10 @@ class CancelledError(DeployError):
 
 class EngineError(DeployError):
     """The Engine could not carry out the Revision."""
+
+
+class RegistryError(EngineError):
+    """The image registry refused, or cannot be reached."""
 
 
 class EndpointNotFoundError(NbdeployError):

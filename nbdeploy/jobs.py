@@ -25,7 +25,7 @@ from typing import Any
 
 from nbdeploy.process import Identity
 
-STEPS = ("captured", "locked", "verified", "starting", "ready")
+STEPS = ("captured", "locked", "verified", "pushed", "starting", "ready")
 KEPT = 30  # finished Jobs that stay for `nbdeploy ls` and for looking back
 STARTING = 30.0  # seconds that a worker may take to write who it is
 _POLL = 0.02  # seconds between looks at the log: below what a person notices

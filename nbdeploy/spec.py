@@ -20,6 +20,7 @@ __all__ = [
     "Serving",
     "Signature",
     "Status",
+    "Target",
     "check_name",
     "label",
     "memory_bytes",
@@ -154,6 +155,19 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What Replicas run on, where that is not the kernel's own environment.
+
+    Attributes:
+        platform: as uv calls it, "x86_64-manylinux_2_28".
+        index: package index asked first, or None.
+    """
+
+    platform: str
+    index: str | None = None
+
+
+@dataclass(frozen=True)
 class Revision:
     """Immutable record of one deploy.
 
@@ -165,9 +179,11 @@ class Revision:
         owner: user who deployed.
         notebook: path of the notebook, or "".
         created: Unix seconds.
-        secrets: names of variables whose values the Replica gets.
+        secrets: each "NAME", a variable whose value the Replica gets, or "NAME=SECRET/KEY", where its value is in the
+            cluster.
         variables: names of variables passed on (--env).
         stopped: the Endpoint is to have no Replica.
+        base_image: of the Image, "" for what the engine's settings say.
     """
 
     name: str
@@ -182,6 +198,7 @@ class Revision:
     secrets: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     stopped: bool = False
+    base_image: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the Revision as plain data."""
@@ -199,6 +216,12 @@ class Revision:
             "variables": tuple(data["variables"]),
         }
         return cls(**{**data, **parts})
+
+    @property
+    def foreign_secrets(self) -> dict[str, tuple[str, str]]:
+        """Variables whose values others keep in the cluster: NAME → (SECRET, KEY)."""
+        rows = (row.partition("=") for row in self.secrets)
+        return {name: (place.rpartition("/")[0], place.rpartition("/")[2]) for name, _, place in rows if place}
 
     def same_replicas(self, other: Revision) -> bool:
         """Whether going from one Revision to the other needs no new Replica (only numbers of Replicas changed)."""
@@ -219,10 +242,10 @@ class Status:
         owner, notebook: who deployed it, from where.
         ready, desired: Replicas.
         autoscaling: as asked for.
-        in_flight: requests running or queued in all Replicas.
+        in_flight: requests running or queued in all Replicas; None where they were not asked.
         public: no key is asked.
         memory_bytes: resident memory of all Replicas.
-        key_file: where the key lies, or "".
+        key_file: where the key lies once it was asked for, "" where the Endpoint is public.
     """
 
     name: str
@@ -236,7 +259,7 @@ class Status:
     ready: int = 0
     desired: int = 0
     autoscaling: Autoscaling = field(default_factory=Autoscaling)
-    in_flight: int = 0
+    in_flight: int | None = 0
     public: bool = False
     memory_bytes: int = 0
     key_file: str = ""

@@ -41,7 +41,8 @@ class Verdict:
         """The line of the step "verified"."""
         if self.state == "equal":
             note = f" · {self.note}" if self.note else ""
-            return f"clean process answered the sample: equal, max |Δ| {self.max_difference:.3g}{note}"
+            who = " and ".join(self.places[1:]) or "clean process"
+            return f"{who} answered the sample: equal, max |Δ| {self.max_difference:.3g}{note}"
         if self.state == "unverified":
             return self.note or "loads in a clean process; no sample, so no answer was compared"
         if self.state == "not compared":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -25,7 +24,7 @@ from nbdeploy_server.errors import BundleInvalid
 from nbdeploy import environment, wheels
 from nbdeploy.bundle import Bundle
 from nbdeploy.client import Client
-from nbdeploy.engines.base import Engine, HasHistory, HasKey, check_owner, get_engine
+from nbdeploy.engines.base import Engine, HasHistory, HasKey, HasTarget, check_owner, get_engine
 from nbdeploy.errors import (
     CancelledError,
     EndpointNotFoundError,
@@ -34,12 +33,11 @@ from nbdeploy.errors import (
     VerificationError,
 )
 from nbdeploy.jobs import Job, Journal
-from nbdeploy.process import Identity, clean_environment, ends_within, kernel_path, launch
+from nbdeploy.process import Identity
 from nbdeploy.spec import Revision, Status
 from nbdeploy.store import Store
 from nbdeploy.verdict import Verdict, judge
-
-VERIFY_TIMEOUT = 1800.0  # seconds for the clean process; a first compile of a large model takes long
+from nbdeploy.verification import Place, clean_run, kernel_place
 
 
 def main(argument: dict[str, Any]) -> None:
@@ -68,8 +66,21 @@ def main(argument: dict[str, Any]) -> None:
         journal.close()
 
 
+class _Cancel:
+    """Whether a cancel has come; its exception may be lost where it is raised, as in a finalizer."""
+
+    asked = False
+
+    @classmethod
+    def heed(cls) -> None:
+        """Raise it again between two steps."""
+        if cls.asked:
+            raise CancelledError("The deploy was cancelled.")
+
+
 def _cancel(_signal: int, _frame: object) -> None:
     signal.signal(signal.SIGTERM, _too_late)  # once: what is being undone must not be interrupted again
+    _Cancel.asked = True
     raise CancelledError("The deploy was cancelled.")
 
 
@@ -101,18 +112,22 @@ class Work:
         self._engine: Engine = get_engine(spec["kind"], self._home, spec["engine_settings"])
         self._began = time.time() - spec["captured_seconds"]
         self._runs: int = spec["runs"]
+        self._notes: list[str] = []  # of the engine, for the card
 
     def run(self) -> dict[str, Any]:
         """Carry out every step; returns the card."""
         self._check_owner()
         rows = self._lock()
+        _Cancel.heed()
         verdict = self._verify(rows)
+        _Cancel.heed()
         if self._spec["dry_run"]:
             return self._card(None, verdict, None, self._earlier())
         earlier = self._earlier()
         with self._undone_if_it_fails(earlier):
             status = self._start(earlier)
             request_ms, verdict = self._ask(status, verdict)
+            _Cancel.heed()
         return self._card(status, verdict, request_ms, earlier)
 
     # -- steps --------------------------------------------------------------------------------------------------
@@ -171,50 +186,38 @@ class Work:
             earlier, self._bundle = self._bundle, self._finish_manifest(more)
             _move_stamp(self._store, earlier.digest, self._bundle.digest)
             rows[:] = more
+        verdict = self._verify_installed(verdict)
         self._journal.write("verified", "done", verdict.words)
         return verdict
 
-    def _clean_run(self, bundle: Bundle) -> dict[str, Any]:
-        """Run nbdeploy_server.verify in a clean process and return its report."""
-        result = self._job.folder / f"verify-{time.monotonic_ns()}.json"
-        unpacked = self._job.folder / "unpacked"
-        notebook = [Path(self._spec["folder"])] if self._spec["folder"] else []
-        log = self._job.folder / "verify.log"
-        with log.open("ab") as output:
-            process = launch(
-                "nbdeploy_server.verify:main",
-                {
-                    "store": str(self._store.root),
-                    "bundle": bundle.digest,
-                    "unpacked": str(unpacked),
-                    "result": str(result),
-                },
-                path=kernel_path(notebook),
-                environment={**clean_environment(os.environ, self._spec["variables"]), **bundle.secrets},
-                folder=self._job.folder,
-                output=output,
-            )
-        try:
-            self._job.record_child(Identity.of(process.pid))
-            import httpx  # noqa: F401 - the real request needs it later; now this process only waits
+    def _clean_run(self, bundle: Bundle, place: Place | None = None) -> dict[str, Any]:
+        here = place or kernel_place(self._spec["folder"])
+        return clean_run(self._job, bundle, here, self._spec["variables"])
 
-            if not ends_within(process, VERIFY_TIMEOUT):
-                raise VerificationError(
-                    f"The clean process did not answer the sample within {VERIFY_TIMEOUT / 60:.0f} minutes. "
-                    "Deploy with --no-verify, or give a smaller --sample."
-                )
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            self._job.record_child(None)
-            shutil.rmtree(unpacked, ignore_errors=True)
-        if not result.exists():
-            last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
-            raise VerificationError(
-                f"The clean process that checks the Bundle died (status {process.returncode}). It last printed:\n{last}"
+    def _verify_installed(self, verdict: Verdict) -> Verdict:
+        """Prove the Bundle where only the lock is installed: what a Replica elsewhere will have."""
+        if not isinstance(self._engine, HasTarget):
+            return verdict
+        from nbdeploy.installation import installed
+
+        target, manifest = self._engine.target, self._bundle.manifest
+
+        def on_progress(words: str) -> None:
+            self._journal.write("verified", "running", words)
+
+        with self._bundle.wheels() as wheels:
+            room = installed(manifest.distributions, wheels, self._home, index=target.index, on_progress=on_progress)
+        on_progress("asking in the locked environment")
+        report = self._clean_run(self._bundle, Place(str(room.python), room.path))
+        self._runs += report.get("runs", 0)
+        found = judge(report, has_sample=manifest.sample is not None)
+        if found.error and not verdict.random:
+            raise (ParityError if found.state == "different" else VerificationError)(
+                f"In an environment with exactly the {len(manifest.distributions)} locked packages: {found.error}"
             )
-        return dict(json.loads(result.read_text(encoding="utf-8")))
+        if found.state == "equal":
+            return verdict.reached("locked environment", found.max_difference)
+        return verdict
 
     def _earlier(self) -> list[Revision]:
         try:
@@ -233,10 +236,15 @@ class Work:
 
     def _start(self, earlier: list[Revision]) -> Status:
         journal = self._journal
-        journal.write("starting", "running", "starting a Replica")
+        if not isinstance(self._engine, HasTarget):  # else an Image is pushed first, a step of its own
+            journal.write("starting", "running", "starting a Replica")
 
         def on_progress(words: str, data: Mapping[str, Any]) -> None:
-            journal.write("starting", "running", words, **data)
+            rest = {name: value for name, value in data.items() if name not in {"step", "state"}}
+            state = data.get("state", "running")
+            journal.write(data.get("step", "starting"), state, words, **rest)
+            if state == "note":
+                self._notes.append(words)
 
         number = (earlier[-1].number if earlier else 0) + 1
         revision = Revision.from_json({**self._spec["revision"], "bundle": self._bundle.digest, "number": number})
@@ -311,7 +319,7 @@ class Work:
         spec, receipt = self._spec, dict(self._spec["receipt"])
         manifest = self._bundle.manifest
         receipt["distributions"] = len(manifest.distributions)
-        receipt["notes"] = [*receipt["notes"], *verdict.notes]
+        receipt["notes"] = [*receipt["notes"], *verdict.notes, *self._notes, *_idle_gpu(spec["revision"], manifest)]
         signature = self._manifest["signature"]
         return {
             "name": spec["name"],
@@ -344,6 +352,19 @@ class Work:
             "dry_run": spec["dry_run"],
             "bundle": self._bundle.digest,
         }
+
+
+def _idle_gpu(revision: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """Say that GPUs were asked for, but nothing in the notebook was on one."""
+    gpus = revision["resources"]["gpus"]
+    if not gpus or any(blob.device != "cpu" for blob in manifest.blobs):
+        return []
+    return [
+        (
+            f"--gpu {gpus}: no tensor of the model was on a GPU in this notebook, so it answers on the CPU unless "
+            'predict or --setup moves it there: model.to("cuda")'
+        )
+    ]
 
 
 def _silent(_words: str, _data: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from nbdeploy.jobs import all_jobs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytest_plugins = ["tests.cluster.plugin"]  # fixtures of the test cluster
 DEADLINE = 60.0  # seconds that anything may take on a busy machine
 
 

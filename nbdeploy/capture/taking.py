@@ -275,15 +275,21 @@ def _module_imports(modules: tuple[LocalModule, ...]) -> set[str]:
     }
 
 
-def secret_environment(names: tuple[str, ...]) -> dict[str, str]:
+def secret_environment(names: tuple[str, ...], *, elsewhere: bool = False) -> dict[str, str]:
     """Return the values of --secret from this kernel's environment.
+
+    Args:
+        names: each "NAME" or "NAME=SECRET/KEY".
+        elsewhere: Replicas find the latter in the cluster, so that they need not be set here.
 
     Raises:
         UsageError: one is not set.
     """
     values = {}
     for name in names:
-        variable = name.partition("=")[0]
+        variable, _, place = name.partition("=")
+        if place and elsewhere and variable not in os.environ:
+            continue
         if variable not in os.environ:
             raise UsageError(f"--secret {variable}: it is not set in this kernel. Set os.environ[{variable!r}] first.")
         values[variable] = os.environ[variable]

@@ -4,6 +4,7 @@ the group "nbdeploy.engines", and passing tests/engines.
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
@@ -12,10 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from nbdeploy.bundle import Bundle
 from nbdeploy.errors import EndpointNotFoundError, OwnershipError, UsageError
-from nbdeploy.spec import Revision, Status
+from nbdeploy.spec import Revision, Status, Target
 
 OnProgress = Callable[[str, Mapping[str, Any]], None]
-"""Called with words for the user and data ({"bytes", "total"} for long transfers)."""
+"""Called with words for the user and data: {"bytes", "total", "rate"} for long transfers; {"step", "state"} where the
+words belong to a step of its own, such as "pushed", or are a note for the card (state "note")."""
 
 
 class Engine(Protocol):
@@ -64,6 +66,31 @@ class HasCheck(Protocol):
 
 
 @runtime_checkable
+class HasTarget(Protocol):
+    """An Engine whose Replicas run in an environment that is installed from the lock, not in the kernel's."""
+
+    @property
+    def target(self) -> Target:
+        """For what the lock is installed."""
+
+
+@runtime_checkable
+class HasReach(Protocol):
+    """An Engine whose URLs need something to stand on this machine."""
+
+    def reach(self, name: str) -> str:
+        """Make the Endpoint reachable from here and return its URL. Raises EndpointNotFoundError, EngineError."""
+
+
+@runtime_checkable
+class HasRemains(Protocol):
+    """An Engine whose Endpoints leave something elsewhere when they are deleted."""
+
+    def remains(self, name: str) -> builtins.list[str]:
+        """Name what a delete leaves, such as Images in a registry. Raises EndpointNotFoundError."""
+
+
+@runtime_checkable
 class HasKey(Protocol):
     """An Engine that keeps keys."""
 
@@ -93,7 +120,13 @@ def check_owner(engine: Engine, name: str, owner: str, notebook: str) -> None:
 
 
 def get_engine(kind: str, home: Path, settings: Mapping[str, Any] | None = None) -> Engine:
-    """Return the Engine of a kind ("local", or one that an installed package brings)."""
+    """Return the Engine of a kind ("local", "kubernetes", or one that an installed package brings).
+
+    Args:
+        kind: as the settings name it.
+        home: folder of nbdeploy.
+        settings: keyword arguments of the Engine, as `EngineSettings.arguments` gives them.
+    """
     if kind == "local" and sys.platform == "win32":
         raise UsageError("The local engine needs Linux or macOS. On Windows use WSL, or another engine.")
     found = {point.name: point for point in entry_points(group="nbdeploy.engines")}

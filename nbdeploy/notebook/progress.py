@@ -168,7 +168,9 @@ class Progress:
         for step in running:
             step.state, step.detail, step.amount = state, self._failure, None
         if not running and not any(step.state == state for step in self._steps.values()):
-            following = [name for name in STEPS if name not in self._steps]
+            following = [
+                name for name in STEPS if name not in self._steps and name != "pushed"
+            ]  # not every engine pushes
             name = following[0] if following else "job"
             self._steps[name] = _Step(name, state, self._failure)
 

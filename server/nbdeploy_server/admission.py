@@ -28,6 +28,7 @@ class Admission:
     def __init__(self, settings: ReplicaSettings, metrics: Metrics, concurrency: int) -> None:
         self._digest = bytes.fromhex(settings.key_sha256)
         self._origins = tuple(origin.encode() for origin in settings.cors)
+        self._any_host = settings.any_host
         self._max_body = settings.max_body
         self._limit = concurrency + settings.queue
         self._concurrency = concurrency
@@ -62,7 +63,7 @@ class Admission:
 
     def check_host(self, headers: Headers) -> None:
         """For a public Endpoint, raise where the name by which it was asked is not this machine's own."""
-        if self._digest:
+        if self._digest or self._any_host:
             return
         host = headers.get(b"host", b"")
         name = host[: host.index(b"]") + 1] if host.startswith(b"[") and b"]" in host else host.partition(b":")[0]
@@ -89,7 +90,8 @@ class Admission:
     def _check_origin(self, headers: Headers) -> None:
         """Without a key, any page in the user's browser could call: only its own /docs and allowed ones may."""
         origin = headers.get(b"origin")
-        if origin is None or origin == b"http://" + headers.get(b"host", b"") or self._allows(origin):
+        host = headers.get(b"host", b"")  # https where a proxy or gateway took the encryption off
+        if origin is None or origin in {b"http://" + host, b"https://" + host} or self._allows(origin):
             return
         self._reject("origin")
         raise RequestError(403, "Pages of this origin may not call this Endpoint; deploy it with --cors ORIGIN.")

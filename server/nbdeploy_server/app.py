@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import hmac
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdeploy_server import wire
+from nbdeploy_server.progress import READY
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -59,7 +59,6 @@ def build(front: Front) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    began = time.monotonic()
 
     @app.exception_handler(HTTPException)
     async def problem(request: Request, error: HTTPException) -> Response:
@@ -75,9 +74,8 @@ def build(front: Front) -> FastAPI:
         return JSONResponse({"status": "live"})
 
     async def readyz(_request: Request) -> Response:
-        phase = "draining" if front.draining else "ready" if front.ready else "starting"
-        body = {"phase": phase, "seconds": round(time.monotonic() - began, 3), "revision": settings.revision}
-        return JSONResponse(body, 200 if phase == "ready" else 503)
+        report = front.progress.report()
+        return JSONResponse(report, 200 if report["phase"] == READY else 503)
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(documents(with_sample=_has_key(request.headers, settings.key_sha256)))

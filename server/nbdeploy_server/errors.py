@@ -3,6 +3,7 @@
 ServerError
 ├── BundleInvalid        the Bundle is damaged, too new, or for another Python (never reaches HTTP)
 ├── LoadFailed           the Bundle loads, its objects do not (never reaches HTTP)
+├── SettingsInvalid      the process was started with settings that make no sense (never reaches HTTP)
 └── RequestError         the request cannot be answered: rendered as application/problem+json
 """
 
@@ -19,6 +20,10 @@ class BundleInvalid(ServerError):  # noqa: N818 - a state of the Bundle, not a f
 
 class LoadFailed(ServerError):  # noqa: N818 - as above
     """The captured objects could not be rebuilt; the message says which and why."""
+
+
+class SettingsInvalid(ServerError):  # noqa: N818 - as above
+    """The process was started with settings that cannot be followed; the message says which and what is allowed."""
 
 
 class RequestError(ServerError):

@@ -18,10 +18,12 @@ from typing import Any
 from nbdeploy_server import wire
 from nbdeploy_server.admission import Admission, Headers
 from nbdeploy_server.errors import RequestError
+from nbdeploy_server.failure import notebook_lines
 from nbdeploy_server.forms import example_of
 from nbdeploy_server.lanes import Lane, Work
 from nbdeploy_server.metrics import Metrics
-from nbdeploy_server.predictor import Predictor, notebook_lines
+from nbdeploy_server.predictor import Predictor
+from nbdeploy_server.progress import Progress
 from nbdeploy_server.settings import ReplicaSettings
 
 Scope = MutableMapping[str, Any]
@@ -54,8 +56,11 @@ class Front:
         app: answers every path but POST /predict.
         whole: protocol.whole where the server has it: writes a complete answer in one go.
         draining: set when the Replica is being replaced.
+        closing: set when every answer shall ask its caller to reconnect, to another Replica.
         spread: set while other Replicas could take connections of this one.
         ready: unset until the model is loaded and warm.
+        progress: what /readyz tells.
+        note: what a person should know of the load, as that a GPU is missing.
         on_inflight: told the number of requests in flight.
     """
 
@@ -68,8 +73,11 @@ class Front:
         self.app: Asgi | None = None
         self.whole: Whole | None = None
         self.draining = False
+        self.closing = False
         self.spread = False
         self.ready = False
+        self.progress = Progress(settings.revision)
+        self.note = ""
         self.on_inflight: Callable[[int], None] = lambda _count: None
         self._json = predictor.decoder.json
         self._packed = predictor.decoder.packed
@@ -111,6 +119,8 @@ class Front:
                     (b"x-request-id", request_id),
                     (b"server-timing", timing),
                 ]
+                if self.closing:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
@@ -253,7 +263,7 @@ class Front:
             (predicted - started) * 1e3,
             (work.ended - predicted) * 1e3,
         )
-        plain = self.whole is not None and b"origin" not in headers and not self.spread
+        plain = self.whole is not None and b"origin" not in headers and not self.spread and not self.closing
         if plain and self.whole is not None and self.whole(work.cycle, head, body):
             return 200
         pairs = [(name, value) for name, _, value in (line.partition(b": ") for line in head.splitlines())]
@@ -261,10 +271,12 @@ class Front:
         await send({"type": "http.response.body", "body": body})
         return 200
 
-    def _finish(self, head: list[tuple[bytes, bytes]], headers: Headers) -> list[tuple[bytes, bytes]]:
+    def _finish(
+        self, head: list[tuple[bytes, bytes]], headers: Headers, *, unread: bool = False
+    ) -> list[tuple[bytes, bytes]]:
         if b"origin" in headers:
             head += self.admission.cors(headers)
-        if self.spread and self.metrics.inflight > self._target:
+        if not unread and (self.closing or (self.spread and self.metrics.inflight > self._target)):
             head.append((b"connection", b"close"))
         return head
 
@@ -335,7 +347,10 @@ class Front:
             head.append((b"www-authenticate", b"Bearer"))
         # 499 is no status of HTTP: nobody is there to read it, the log and the metrics count it.
         status = 400 if error.status == 499 else error.status  # noqa: PLR2004 - nginx's number for a caller that left
-        await send({"type": "http.response.start", "status": status, "headers": self._finish(head, headers)})
+        # Closing while a body is on its way would reset this answer away: such a connection is closed later.
+        unread = getattr(getattr(send, "__self__", None), "more_body", False)
+        head = self._finish(head, headers, unread=unread)
+        await send({"type": "http.response.start", "status": status, "headers": head})
         await send({"type": "http.response.body", "body": body})
         return error.status
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import bisect
 import collections
+import os
+import resource
 import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
+
+from nbdeploy_server import gpu
 
 # Seconds. From a small numpy call to a long generation; Prometheus' own defaults start too late for the former.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -46,6 +51,7 @@ class Metrics:
 
     def __init__(self, concurrency: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.concurrency = concurrency
+        self.gpus = 0  # that this Replica was given
         self._clock = clock
         self.inflight = 0
         self.requests: dict[int, int] = {}
@@ -85,7 +91,11 @@ class Metrics:
         return (self._area - area) / span if span > 0 else float(self.inflight)
 
     def text(self) -> str:
-        """Return the Prometheus text exposition."""
+        """Return the Prometheus text exposition; like all of this class, on the event loop."""
+        return self.counted() + machine_text(self.gpus)
+
+    def counted(self) -> str:
+        """Return the part of the text that is counted here."""
         queued = max(0, self.inflight - self.concurrency)
         gauges: list[tuple[str, str, float]] = [
             ("nbdeploy_inflight", "Requests accepted and not finished: running and queued.", self.inflight),
@@ -96,7 +106,6 @@ class Metrics:
             ("nbdeploy_loop_lag_seconds", "How late the event loop was, worst of the last second.", self.loop_lag),
             ("nbdeploy_ready_seconds", "From process start to ready.", self.ready_seconds),
             ("nbdeploy_last_request_timestamp_seconds", "Unix time of the last request.", self.last_request),
-            *_gpu_gauges(),
         ]
         out: list[str] = []
         for name, help_, value in gauges:
@@ -118,12 +127,20 @@ class Metrics:
         return "\n".join(out) + "\n"
 
 
-def _gpu_gauges() -> list[tuple[str, str, float]]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return []
-    free, total = torch.cuda.mem_get_info()
-    return [
-        ("nbdeploy_gpu_memory_used_bytes", "Memory in use on the first GPU, all processes.", total - free),
-        ("nbdeploy_gpu_memory_bytes", "Memory of the first GPU.", total),
-    ]
+def machine_text(gpus: int = 0) -> str:
+    """Return the text on what this process uses: memory, and the GPUs; from any thread, as asking a GPU may wait."""
+    rows: list[gpu.Gauge] = [("nbdeploy_memory_bytes", "Resident memory of this process.", [("", memory())])]
+    out: list[str] = []
+    for name, help_, values in [*rows, *gpu.gauges(gpus)]:
+        out += [f"# HELP {name} {help_}", f"# TYPE {name} gauge"]
+        out += [f"{name}{{{labels}}} {value:.10g}" if labels else f"{name} {value:.10g}" for labels, value in values]
+    return "\n".join(out) + "\n"
+
+
+def memory() -> float:
+    """Return the resident memory of this process in bytes; of weights mapped from disk, what was touched counts."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+        return pages * float(os.sysconf("SC_PAGE_SIZE"))
+    except OSError:  # no Linux: the most it ever was
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import tempfile
-import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from nbdeploy_server import wire
 from nbdeploy_server.bundle import Bundle
 from nbdeploy_server.decode import Decoder
 from nbdeploy_server.errors import LoadFailed
+from nbdeploy_server.failure import notebook_lines
 from nbdeploy_server.lanes import AsyncLane, Lane, ThreadLane
 from nbdeploy_server.seeds import seeded
 from nbdeploy_server.signature import Signature
@@ -270,16 +270,3 @@ def pipeline_task(folder: Path) -> str | None:
             if name.endswith(suffix):
                 return task
     return "feature-extraction" if architectures else None
-
-
-def notebook_lines(error: BaseException) -> tuple[str, ...]:
-    """Return the user's own lines of a traceback: cells and shipped modules, not the server or site-packages."""
-    here = str(Path(__file__).parent)
-    lines = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        name = frame.filename
-        own = name.startswith("<cell ") or "/code/" in name or ("ipykernel_" in name and not name.startswith(here))
-        if own:
-            place = name if name.startswith("<cell ") else Path(name).name
-            lines.append(f"{place} line {frame.lineno}, in {frame.name}: {frame.line or ''}".rstrip(": "))
-    return tuple(lines)

@@ -1,28 +1,30 @@
-"""uvicorn's httptools protocol, able to let go of an idle connection without closing it."""
+"""uvicorn's httptools protocol, able to let go of an idle connection: by closing it, or without closing it."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import struct
+import termios
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-LINGER = 30.0  # seconds for which the rest of a refused body is read
+LINGER = 30.0  # seconds for which the rest of a refused body, or of a request's head, is waited for
 PATIENCE = 5.0  # seconds that a drain waits for the second half of a request
 
 
-class HandoverProtocol(HttpToolsProtocol):
+class Connection(HttpToolsProtocol):
     """One client connection of a Replica.
 
-    A connection is idle when its last answer is complete and no byte of a next request has been read; only then may
-    another process go on with it.
+    A connection is idle when its last answer is complete and no byte of a next request has been read.
     """
 
     def __init__(self, *args: Any, owner: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._owner = owner
-        self.idle_since = 0.0  # loop time of the last answer
+        self.idle_since = self.loop.time()  # of the last answer, the begin of a request, or of the connection
         self._midway = False
         self._stalled = 0.0  # loop time at which a drain first found half a request here
 
@@ -39,6 +41,7 @@ class HandoverProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Note that a request has begun."""
         self._midway = True
+        self.idle_since = self.loop.time()
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
@@ -47,7 +50,7 @@ class HandoverProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on with the next request; while draining, let the connection go once its answer is out.
+        """Go on with the next request.
 
         In place of uvicorn's own: a timer for each answer, which the next request cancels, costs more than all the
         rest of this. `close_if_idle` is asked once a second instead.
@@ -64,21 +67,21 @@ class HandoverProtocol(HttpToolsProtocol):
             # Answered before all of the body came, as a 413 is. Closing now would reset the answer away, so uvicorn
             # reads and forgets the rest; but not for ever.
             self.loop.call_later(LINGER, self._end_if_unread, self.cycle)
-        if self._owner.draining:
-            self.loop.call_soon(self.release)
 
     def _end_if_unread(self, cycle: Any) -> None:
         if self._midway and self.cycle is cycle and not self.transport.is_closing():
             self.transport.close()
 
     def close_if_idle(self, seconds: float) -> None:
-        """Close a connection that has asked nothing since its last answer for so long."""
-        if (
-            self.idle
-            and self.cycle is not None
-            and self.loop.time() - self.idle_since > seconds
-            and not self.transport.is_closing()
-        ):
+        """Close a connection that has asked nothing for so long, or has stopped for LINGER in the midst of asking."""
+        limit = max(seconds, LINGER) if self._midway else seconds
+        if self._answered and self.loop.time() - self.idle_since > limit and not self.transport.is_closing():
+            self.transport.close()
+
+    def _close_if_stalled(self) -> None:
+        """Close the connection where a drain has waited long enough for the second half of a request."""
+        self._stalled = self._stalled or self.loop.time()
+        if self.loop.time() - self._stalled > PATIENCE:
             self.transport.close()
 
     @property
@@ -90,15 +93,44 @@ class HandoverProtocol(HttpToolsProtocol):
     def _answered(self) -> bool:
         return (self.cycle is None or bool(self.cycle.response_complete)) and not self.pipeline
 
+
+class ListenedConnection(Connection):
+    """A connection that this process accepted and closes itself."""
+
+    def close_unasked(self) -> None:
+        """Close the connection unless something is asked or being answered; a drain asks again.
+
+        Bytes that the kernel has and this process has not read are a request too: closing would reset it.
+        """
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self._midway and self._answered:  # half a request, or half a body that nobody wants
+            self._close_if_stalled()
+        elif self.idle and not _waiting(self.transport.get_extra_info("socket").fileno()):
+            self.transport.close()
+
+
+def _waiting(descriptor: int) -> int:
+    """Return how many bytes have come that were not read."""
+    return struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0"))[0]  # type: ignore[no-any-return]
+
+
+class HandoverProtocol(Connection):
+    """A connection that another process may go on with once it is idle."""
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request; while draining, let the connection go once its answer is out."""
+        super().on_response_complete()
+        if self._owner.draining and not self.transport.is_closing():
+            self.loop.call_soon(self.release)
+
     def release(self) -> bool:
         """Hand the connection back if it is idle and everything written has left; the drain asks again otherwise."""
         transport = self.transport
         if transport is None or transport.is_closing() or not self._answered:
             return False
         if self._midway:  # bytes that this process has read cannot be handed over: they must become a request here
-            self._stalled = self._stalled or self.loop.time()
-            if self.loop.time() - self._stalled > PATIENCE:
-                transport.close()
+            self._close_if_stalled()
             return False
         if transport.get_write_buffer_size():
             return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import mmap
 import typing
 from typing import Any
 
@@ -36,6 +37,9 @@ __all__ = [
     "tensor",
 ]
 
+lacking: set[str] = set()  # devices of the notebook that were asked for here and are not there
+SLICE = 64 << 20  # bytes that move to a device at once; a multiple of every page size
+
 
 class Handle:
     """A byte range at load time, the one owner of its memory.
@@ -59,12 +63,32 @@ class Handle:
         if self._storage is None:
             import torch
 
-            if len(self.buffer):
-                flat = torch.frombuffer(self.buffer, dtype=torch.uint8)
-                self._storage = flat.to(_device(self.device)).untyped_storage()
+            device = _device(self.device)
+            if not len(self.buffer):
+                self._storage = torch.UntypedStorage(0, device=device)
+            elif device == "cpu":
+                self._storage = torch.frombuffer(self.buffer, dtype=torch.uint8).untyped_storage()
             else:
-                self._storage = torch.UntypedStorage(0, device=_device(self.device))
+                self._storage = _moved(self.buffer, device)
+                self.buffer = b""  # nothing else reads it: what lived on a device is rebuilt there
         return self._storage
+
+
+def _moved(buffer: Any, device: str) -> Any:
+    """Return a storage on an accelerator with these bytes.
+
+    Slice by slice, each slice's pages given back after it: a model may be larger than the memory of its host.
+    """
+    import torch
+
+    source = torch.frombuffer(buffer, dtype=torch.uint8)
+    target = torch.empty(len(buffer), dtype=torch.uint8, device=device)
+    for start in range(0, len(buffer), SLICE):
+        end = min(start + SLICE, len(buffer))
+        target[start:end].copy_(source[start:end])  # from memory that is not pinned, so it is over when this returns
+        if isinstance(buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            buffer.madvise(mmap.MADV_DONTNEED, start, end - start)
+    return target.untyped_storage()
 
 
 def _device(tag: str) -> str:
@@ -72,10 +96,13 @@ def _device(tag: str) -> str:
     import torch
 
     kind, _, index = tag.partition(":")
+    if kind == "cpu":
+        return "cpu"
     if kind == "cuda" and torch.cuda.is_available():
         return tag if int(index or 0) < torch.cuda.device_count() else "cuda:0"
     if kind == "mps" and torch.backends.mps.is_available():
         return tag
+    lacking.add(tag)
     return "cpu"
 
 

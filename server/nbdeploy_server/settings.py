@@ -1,4 +1,4 @@
-"""Settings of one Replica: plain data that comes on standard input, never in arguments or environment."""
+"""Settings of one Replica: plain data. It comes on standard input, in a container by an environment variable."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class ReplicaSettings:
         control: descriptor of the socket to the supervisor.
         shared: descriptor of the page of counters shared with the supervisor.
         max_body: bytes.
+        gpus: GPUs that this Replica was given (--gpu).
+        any_host: answer to any Host name also where there is no key: behind a Service, names are not this machine's.
     """
 
     store: str
@@ -43,6 +45,8 @@ class ReplicaSettings:
     control: int = -1
     shared: int = -1
     max_body: int = MAX_BODY
+    gpus: int = 0
+    any_host: bool = False
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ReplicaSettings:

@@ -13,7 +13,8 @@ from typing import Any
 from nbdeploy_server import parity
 from nbdeploy_server.bundle import Bundle
 from nbdeploy_server.errors import ServerError
-from nbdeploy_server.predictor import Predictor, load, notebook_lines
+from nbdeploy_server.failure import notebook_lines
+from nbdeploy_server.predictor import Predictor, load
 
 OTHER_SEED = 20_260_101  # any number that is not the sample's seed
 SLOW = 5.0  # seconds: a predict that takes longer is not run again only to see whether it is deterministic

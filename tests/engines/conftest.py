@@ -16,7 +16,8 @@ from nbdeploy.bundle import Bundle
 from nbdeploy.capture import Request, take
 from nbdeploy.capture.arguments import MISSING
 from nbdeploy.engines.base import get_engine
-from nbdeploy.spec import Autoscaling, Revision, Status
+from nbdeploy.environment import lock, needed
+from nbdeploy.spec import Autoscaling, Resources, Revision, Status
 from nbdeploy.store import Store
 from tests.conftest import leftovers, wait_until
 
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nbdeploy.engines.base import Engine
+    from tests.cluster.running import Namespace
 
 assert signature  # the replica's package is importable from here, as it is from a kernel
 
 ADD = "def predict(x: int) -> int:\n    return x + 1\n"
 PID = "import os\ndef predict(x: int) -> int:\n    return os.getpid()\n"
+REPLICA = (  # pods have pids of their own
+    "import os, socket\ndef predict(x: int) -> str:\n    return f'{socket.gethostname()}:{os.getpid()}'\n"
+)
 SLEEPS = "import time\ndef predict(seconds: float) -> float:\n    time.sleep(seconds)\n    return seconds\n"
 PRINTS = "def predict(x: int) -> int:\n    print('asked for', x, flush=True)\n    return x\n"
 NEVER_LOADS = (
@@ -76,7 +81,8 @@ class House:
             made = functions(source)
             store = Store(self.home / "store")
             request = Request(predict=made["predict"], setup=made.get("setup"), sample=sample, folder=self.home)
-            self._bundles[key] = Bundle(store, store.put_bundle(take(request, store).manifest))
+            manifest = {**take(request, store).manifest, "distributions": lock(needed(()))}
+            self._bundles[key] = Bundle(store, store.put_bundle(manifest))
         found = self._bundles[key]
         return Bundle(found.store, found.digest, secrets or {})
 
@@ -91,7 +97,9 @@ class House:
                 raise
             number = 1
         scaling = Autoscaling(min_replicas=replicas, max_replicas=replicas)
-        return Revision(name, number, bundle.digest, autoscaling=scaling, owner="ada", **fields)
+        little = Resources(cpus=0.05, memory="256Mi")  # many Replicas on a small test cluster
+        fields = {"resources": little, "autoscaling": scaling, "owner": "ada", **fields}
+        return Revision(name, number, bundle.digest, **fields)
 
     def apply(self, name: str, source: str, sample: Any = MISSING, *, replicas: int = 1, **fields: Any) -> Status:
         """Deploy a source as the next Revision."""
@@ -192,9 +200,9 @@ class Raw:
         return json.loads(body)
 
 
-def house_of(kind: str, home: Path) -> Iterator[House]:
+def house_of(kind: str, home: Path, settings: Mapping[str, Any] | None = None) -> Iterator[House]:
     """Give a House of this kind of engine, and prove at the end that nothing of it is left."""
-    engine: Engine = get_engine(kind, home)
+    engine: Engine = get_engine(kind, home, settings)
     yield House(home, engine)
     for status in engine.list():
         engine.delete(status.name)
@@ -203,10 +211,24 @@ def house_of(kind: str, home: Path) -> Iterator[House]:
     assert not folder.is_dir() or list(folder.iterdir()) == []
 
 
-@pytest.fixture(scope="module", params=["local"])
+@pytest.fixture(scope="module", params=["local", pytest.param("kubernetes", marks=pytest.mark.slow)])
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A House of each engine that there is; another engine plugs in by its kind here."""
-    yield from house_of(request.param, tmp_path_factory.mktemp("house") / "home")
+    folder = tmp_path_factory.mktemp("house")
+    if request.param != "kubernetes":
+        yield from house_of(request.param, folder / "home")
+        return
+    namespace: Namespace = request.getfixturevalue("make_namespace")()
+    settings = {
+        "namespace": namespace.name,
+        "registry": f"{namespace.cluster.registry}/{namespace.name}",
+        "base_image": namespace.cluster.base_image,
+        "drain": 1.0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in namespace.environ().items():
+            patch.setenv(key, value)
+        yield from house_of(request.param, folder / "home", settings)
 
 
 @pytest.fixture

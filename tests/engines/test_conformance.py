@@ -13,7 +13,7 @@ from nbdeploy.engines.base import HasHistory, HasKey
 from nbdeploy.errors import EndpointNotFoundError, EngineError
 from nbdeploy.spec import Autoscaling, Phase, Serving
 from tests.conftest import wait_until
-from tests.engines.conftest import ADD, EXITS, NEVER_FITS, NEVER_LOADS, PID, PRINTS, House, Raw
+from tests.engines.conftest import ADD, EXITS, NEVER_FITS, NEVER_LOADS, PRINTS, REPLICA, House, Raw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,8 @@ def shared(house: House) -> Iterator[str]:
     house.engine.delete("shared")
 
 
-def pids(house: House, name: str, calls: int = 24) -> set[int]:
-    """Return the processes that answer new connections."""
+def pids(house: House, name: str, calls: int = 24) -> set[str]:
+    """Return the Replicas that answer new connections."""
     return {house.ask(name, x=0) for _ in range(calls)}
 
 
@@ -44,7 +44,7 @@ def test_apply_makes_it_ready(house: House, name: str) -> None:
 
 def test_apply_is_idempotent(house: House, name: str) -> None:
     """The same Revision again changes nothing: same processes, same number."""
-    bundle = house.bundle(PID)
+    bundle = house.bundle(REPLICA)
     revision = house.revision(name, bundle, replicas=2)
     first = house.engine.apply(revision, bundle, lambda _words, _data: None)
     before = pids(house, name)
@@ -76,7 +76,7 @@ def test_a_number_that_was_taken_is_refused(house: House, name: str) -> None:
 
 def test_scaling_restarts_nothing(house: House, name: str) -> None:
     """1 → 3 → 1 Replicas by apply: those that run go on, and connections are shared among all."""
-    house.apply(name, PID)
+    house.apply(name, REPLICA)
     first = pids(house, name, 3)
     status = house.change(name, autoscaling=Autoscaling(3, 3))
     assert (status.ready, status.desired, status.phase) == (3, 3, Phase.READY)
@@ -92,7 +92,7 @@ def test_scaling_restarts_nothing(house: House, name: str) -> None:
 
 def test_autoscaling_alone_restarts_nothing(house: House, name: str) -> None:
     """A change of the scaling's other numbers keeps the very processes, and is recorded."""
-    house.apply(name, PID, replicas=2)
+    house.apply(name, REPLICA, replicas=2)
     before = pids(house, name)
     status = house.change(name, autoscaling=Autoscaling(2, 2, target_in_flight=7))
     assert status.autoscaling.target_in_flight == 7
@@ -106,7 +106,7 @@ def test_autoscaling_alone_restarts_nothing(house: House, name: str) -> None:
 )
 def test_a_failing_revision_leaves_the_old_one(house: House, name: str, source: str, why: str) -> None:
     """A Revision whose Replica does not come up says why with its last lines; what served goes on as if nothing was."""
-    house.apply(name, PID)
+    house.apply(name, REPLICA)
     before = pids(house, name, 3)
     with pytest.raises(EngineError, match=why) as caught:
         house.apply(name, source)

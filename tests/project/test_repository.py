@@ -82,7 +82,11 @@ def test_forbidden_words() -> None:
     assert {"utils", "helpers", "common", "core", "manager", "backend"} & set(names) == set()
     source = [file for file in tracked() if file.startswith(("nbdeploy/", "server/")) and file.endswith(".py")]
     texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in source}
-    assert [file for file, text in texts.items() if re.search(r"\bdeployments?\b", text)] == []
+    # Deployment is a kind of Kubernetes, and `deployments` its name in paths and Roles: only that engine speaks of it.
+    ours = {file: text for file, text in texts.items() if not file.startswith("nbdeploy/engines/kubernetes/")}
+    assert [file for file, text in ours.items() if re.search(r"\bdeployments?\b", text)] == []
+    prose = r"\b[Aa] deployment\b|\b(the|your|our) deployments?\b"
+    assert [file for file, text in texts.items() if re.search(prose, text)] == []
 
 
 def test_size_of_modules() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nbdeploy.config import EngineSettings, Settings, home, settings
-from nbdeploy.errors import ConfigError, StoreError
+from nbdeploy.errors import ConfigError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,7 +115,7 @@ def test_the_nearest_pyproject_with_our_table_counts(notebooks: Path) -> None:
 def test_a_kind_is_an_engine_without_settings() -> None:
     """`kubernetes` can be chosen, as the default too, with nothing configured; other names cannot."""
     assert settings(None, {"NBDEPLOY_DEFAULT_ENGINE": "kubernetes"}).engine() == EngineSettings("kubernetes")
-    with pytest.raises(ConfigError, match=r"no engine 'kubernets': did you mean kubernetes\?"):
+    with pytest.raises(UsageError, match=r"no engine 'kubernets': did you mean kubernetes\?"):
         Settings().engine("kubernets")
 
 
@@ -135,7 +135,7 @@ def test_an_engine_named_as_a_kind_needs_no_kind(notebooks: Path) -> None:
             'defualt_engine = "local"',
             ["defualt_engine is no setting", "did you mean default_engine?", "revisions_kept"],
         ),
-        ('default_engine = "gpu"', ["default_engine: there is no engine 'gpu'", "kubernetes, local"]),
+        ('default_engine = "gpu"', ["default_engine: There is no engine 'gpu'", "kubernetes, local"]),
         ("default_engine = 3", ["default_engine must be a text", "it is 3"]),
         ("revisions_kept = 0", ["revisions_kept must be a whole number from 1"]),
         ("revisions_kept = true", ["revisions_kept must be a whole number from 1"]),

@@ -32,9 +32,8 @@ KEPT = 10  # Revisions
 class LocalEngine:
     """Replicas as processes of this machine, one supervisor per Endpoint."""
 
-    name = "local"
-
-    def __init__(self, home: Path, *, environ: dict[str, str] | None = None) -> None:
+    def __init__(self, home: Path, *, name: str = "local", environ: dict[str, str] | None = None) -> None:
+        self.name = name
         self._home = home
         self._environ = dict(os.environ) if environ is None else environ
 
@@ -150,6 +149,11 @@ class LocalEngine:
             raise UsageError(
                 "The local engine runs a fixed number of Replicas in this version: give --min and --max the same "
                 f"number, 1 or more (asked for: {scaling.min_replicas} to {scaling.max_replicas})."
+            )
+        if revision.base_image:
+            raise UsageError(
+                "--base-image is for engines that run containers; the local engine runs Replicas in the notebook's own "
+                "environment. Leave it out, or choose another engine."
             )
         if revision.resources.gpus and not any(Path(device).exists() for device in _GPUS):
             raise UsageError(

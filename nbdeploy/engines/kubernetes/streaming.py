@@ -1,0 +1,52 @@
+"""Answers that go on: lines as they come, and an end that another thread can bring about."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_CHUNK = 65536  # bytes
+
+
+class Stream:
+    """The open answer to one request."""
+
+    def __init__(self, response: Any, on_end: Callable[[Stream], None]) -> None:
+        self._response = response
+        self._on_end = on_end
+        self._stopped = threading.Event()
+        # urllib3 forgets the connection at the end of the answer; a stop from elsewhere needs the socket itself
+        self._socket: socket.socket | None = getattr(response.connection, "sock", None)
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield lines without their newline until the answer ends, is stopped, or breaks off."""
+        import urllib3
+
+        rest = b""
+        try:
+            for chunk in self._response.stream(_CHUNK, decode_content=True):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
+            if rest and not self._stopped.is_set():
+                yield rest
+        except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError):
+            # cut, silent for too long, or stopped: urllib3 then meets a socket that is closed under its hands
+            return
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End it; a thread that waits for the next line gets none."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self._on_end(self)
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                # past the TLS layer, which another thread may be reading through
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        with contextlib.suppress(Exception):  # whatever state the reader left it in: it is to end
+            self._response.close()

@@ -1,0 +1,244 @@
+"""Where an Endpoint on a cluster is reached, and forwarders of clusters that do not answer."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from nbdeploy.engines.kubernetes.credentials import Access, environment
+from nbdeploy.engines.kubernetes.reach import Forwarders, address
+from nbdeploy.engines.kubernetes.settings import ClusterSettings
+from nbdeploy.engines.kubernetes.slices import Serving, read
+from nbdeploy.engines.kubernetes.state import State
+from nbdeploy.errors import EngineError, UsageError
+from tests.conftest import leftovers, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SETTINGS = ClusterSettings(name="gpu", namespace="team")
+
+
+@pytest.fixture
+def kubeconfig(tmp_path: Path) -> Path:
+    """A kubeconfig of a cluster whose API server is down."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{free.getsockname()[1]}"
+    file = tmp_path / "kubeconfig"
+    content = {
+        "clusters": [{"name": "one", "cluster": {"server": server}}],
+        "users": [{"name": "me", "user": {"token": "secret"}}],
+        "contexts": [{"name": "one", "context": {"cluster": "one", "user": "me", "namespace": "team"}}],
+        "current-context": "one",
+    }
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def forwarders(tmp_path: Path, kubeconfig: Path) -> Iterator[Forwarders]:
+    """Forwarders that end with the test and leave no process."""
+    made = Forwarders(tmp_path / "home", SETTINGS, {**os.environ, "KUBECONFIG": str(kubeconfig)})
+    yield made
+    made.stop_all()
+    wait_until(lambda: not leftovers(tmp_path), 10.0)
+
+
+def ask(url: str) -> tuple[int, dict[str, Any]]:
+    """Return status and problem of a GET."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def refuses(url: str) -> bool:
+    """Whether nobody listens there."""
+    try:
+        host, _, port = url.removeprefix("http://").partition(":")
+        socket.create_connection((host, int(port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_cluster", "url"),
+    [
+        (ClusterSettings(), True, "http://nbd-spam.team.svc"),
+        (ClusterSettings(), False, ""),
+        (ClusterSettings(host="models.example.com"), False, ""),
+        (ClusterSettings(gateway="web", host="models.example.com"), False, "http://spam.models.example.com"),
+        (ClusterSettings(gateway="web", host="https://models.example.com"), False, "https://spam.models.example.com"),
+        (ClusterSettings(gateway="web", host="ml-{name}.example.com"), False, "http://ml-spam.example.com"),
+        (
+            ClusterSettings(ingress_class="nginx", host="x.example.com", tls_secret="tls"),
+            False,
+            "https://spam.x.example.com",
+        ),
+        (ClusterSettings(gateway="web", host="models.example.com"), True, "http://nbd-spam.team.svc"),
+    ],
+)
+def test_address(settings: ClusterSettings, in_cluster: bool, url: str) -> None:  # noqa: FBT001 - a parameter of the test
+    """Inside the Service's name, outside what is configured, else a forwarder's."""
+    assert address("spam", settings, in_cluster=in_cluster, namespace="team") == url
+
+
+def test_what_slices_say() -> None:
+    """Ready pods serve, unknown counts as ready; dying pods are known, but neither ready nor about to be."""
+    assert read([]) == Serving()
+    assert read([{"endpoints": None}]) == Serving(exists=True)
+
+    def endpoint(pod: str, **conditions: bool) -> dict[str, Any]:
+        return {"targetRef": {"kind": "Pod", "name": pod}, "conditions": conditions}
+
+    slices = [
+        {"endpoints": [endpoint("b", ready=True), endpoint("a"), {"addresses": ["10.0.0.1"]}]},
+        {"endpoints": [endpoint("c", ready=False), endpoint("d", ready=False, terminating=True)]},
+    ]
+    assert read(slices) == Serving(("a", "b"), ("c",), frozenset("abcd"), exists=True)
+
+
+def test_only_what_logging_in_needs_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Variables of clusters and clouds, the kubeconfig's path made absolute; nothing else of the kernel's."""
+    monkeypatch.chdir(tmp_path)
+    found = environment({"KUBECONFIG": "a:/b:", "AWS_PROFILE": "x", "OPENAI_API_KEY": "secret", "PYTHONPATH": "/"})
+    assert found == {"KUBECONFIG": f"{tmp_path}/a:/b", "AWS_PROFILE": "x"}
+
+
+def test_plain_http_needs_no_certificates() -> None:
+    """An API server behind `kubectl proxy`."""
+    assert Access("http://127.0.0.1:8001").tls() is None
+    assert Access("https://cluster:6443").tls() is not None
+
+
+def test_asking_for_the_url_starts_nothing(forwarders: Forwarders, tmp_path: Path) -> None:
+    """There is none before the first start; afterwards it stays, whether the forwarder runs or not."""
+    assert forwarders.url("spam") == ""
+    assert not (tmp_path / "home").exists()
+    url = forwarders.ensure("spam", "team")
+    assert forwarders.url("spam") == url
+    assert forwarders.alive("spam")
+    assert forwarders.stop("spam")
+    assert not forwarders.stop("spam")
+    assert forwarders.url("spam") == url
+    assert not forwarders.alive("spam")
+    assert refuses(url)
+    assert forwarders.ensure("spam", "team") == url
+    forwarders.forget("spam")
+    assert forwarders.url("spam") == ""
+    assert [path.name for path in (tmp_path / "home" / "clusters" / "gpu").iterdir()] == [".lock"]
+
+
+def test_state_is_for_its_owner_alone(forwarders: Forwarders, tmp_path: Path) -> None:
+    """Folders 0700, the record 0600; nothing of the credentials is in them."""
+    forwarders.ensure("spam", "team")
+    folder = tmp_path / "home" / "clusters" / "gpu" / "spam"
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.parents[:2])} == {0o700}
+    assert (folder / "forwarder.json").stat().st_mode & 0o777 == 0o600
+    assert "secret" not in "".join(path.read_text(encoding="utf-8") for path in folder.iterdir())
+
+
+def test_an_api_server_that_is_down_is_told_in_words(forwarders: Forwarders, kubeconfig: Path) -> None:
+    """The connection is answered, with the server's address and the cause."""
+    status, problem = ask(forwarders.ensure("spam", "team"))
+    assert status == 503
+    assert problem["detail"].startswith("The cluster cannot be asked: http://127.0.0.1:")
+    assert problem["detail"].endswith("`nbdeploy status spam` tells more.")
+
+
+def test_a_kubeconfig_that_is_gone_is_told_in_words(forwarders: Forwarders, kubeconfig: Path) -> None:
+    """The forwarder stays, and says what is missing."""
+    kubeconfig.unlink()
+    status, problem = ask(forwarders.ensure("spam", "team"))
+    assert status == 502
+    assert f"There is no kubeconfig: {kubeconfig} is missing" in problem["detail"]
+
+
+def test_a_killed_forwarder_comes_back_on_its_port(forwarders: Forwarders, tmp_path: Path) -> None:
+    """Whoever asks next starts it; the URL in the notebook stays good."""
+    url = forwarders.ensure("spam", "team")
+    first = State(tmp_path / "home", "gpu").forwarder("spam")
+    assert first is not None
+    first.signal(signal.SIGKILL)
+    wait_until(lambda: not forwarders.alive("spam"))
+    assert forwarders.ensure("spam", "team") == url
+    second = State(tmp_path / "home", "gpu").forwarder("spam")
+    assert second is not None
+    assert second.pid != first.pid
+
+
+def test_many_who_ask_at_once_get_one_process(forwarders: Forwarders, tmp_path: Path, kubeconfig: Path) -> None:
+    """One forwarder is started, and all get its URL."""
+    start = threading.Barrier(6)
+
+    def one(_number: int) -> str:
+        mine = Forwarders(tmp_path / "home", SETTINGS, {**os.environ, "KUBECONFIG": str(kubeconfig)})
+        start.wait()
+        return mine.ensure("spam", "team")
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(one, range(6)))) == 1
+    state = State(tmp_path / "home", "gpu")
+    running = {line.split()[0] for line in leftovers(tmp_path)}
+    identity = state.forwarder("spam")
+    assert identity is not None
+    assert str(identity.pid) in running
+    assert len(running) <= 2  # the forwarder, and for a moment the process that reads the kubeconfig
+
+
+def test_ports(forwarders: Forwarders) -> None:
+    """A fixed port is kept or refused in words; a remembered one that is taken gives way to another."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=rf"Port {port} of this machine is taken .*--port"):
+            forwarders.ensure("spam", "team", port=port)
+    assert forwarders.ensure("spam", "team", port=port) == f"http://127.0.0.1:{port}"
+    forwarders.stop("spam")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert forwarders.ensure("spam", "team") not in {"", f"http://127.0.0.1:{port}"}
+
+
+def test_another_target_takes_another_process(forwarders: Forwarders, tmp_path: Path) -> None:
+    """An engine that was pointed at another namespace is not served from the old one; the URL stays."""
+    url = forwarders.ensure("spam", "team")
+    state = State(tmp_path / "home", "gpu")
+    first = state.forwarder("spam")
+    assert forwarders.ensure("spam", "other") == url
+    assert state.forwarder("spam") != first
+    assert first is not None
+    assert not first.alive()
+
+
+def test_a_forwarder_whose_folder_is_removed_ends(forwarders: Forwarders, tmp_path: Path) -> None:
+    """`rm -r` of the home leaves no process."""
+    forwarders.ensure("spam", "team")
+    State(tmp_path / "home", "gpu").remove("spam")
+    wait_until(lambda: not leftovers(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "Spam"])
+def test_names_are_no_paths(forwarders: Forwarders, name: str) -> None:
+    """What is no Endpoint's name touches no file."""
+    with pytest.raises(UsageError):
+        forwarders.url(name)
+    with pytest.raises(UsageError):
+        Forwarders(Path("/nowhere"), ClusterSettings(name="../x"))
