@@ -217,10 +217,8 @@ def listing(place: running.Namespace, count: int) -> dict[str, Any]:
         workload = Workload(name, place.name, 10, image, uid, replicas=0, owner="ada")
         client.apply(manifests.objects(workload)[-1])
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(make, range(count)))
-    found: dict[str, Any] = {}
-    for few in (True, False):
+    def asked() -> tuple[float, float, int]:
+        """List five times; returns requests each, seconds, and how many there are."""
         fresh = engine()
         fresh.list()  # connects
         before, times = fresh._client.requests, []  # noqa: SLF001 - counts what is sent
@@ -228,19 +226,20 @@ def listing(place: running.Namespace, count: int) -> dict[str, Any]:
             began = time.perf_counter()
             listed = fresh.list()
             times.append(time.perf_counter() - began)
-        requests = (fresh._client.requests - before) / 5  # noqa: SLF001 - as above
-        if few:
-            found["requests"] = requests
-            if len(listed) != count:
-                raise RuntimeError(f"{len(listed)} Endpoints were listed")
-            found["seconds"] = middle(times)
-            show(f"listing {count} Endpoints, s", middle(times), 2)
-            place.kubectl(
-                "delete", "configmap,deployment", "-l", "app.kubernetes.io/managed-by=nbdeploy", "--wait=true"
-            )
-        else:
-            show("requests for them / for none", found["requests"] / requests, 1, f"{requests:.0f} requests")
-    return found
+        return (fresh._client.requests - before) / 5, middle(times), len(listed)  # noqa: SLF001 - as above
+
+    none, _, _ = asked()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make, range(count)))
+    requests, seconds, listed = asked()
+    if listed < count:
+        raise RuntimeError(f"{listed} Endpoints were listed")
+    show(f"listing {count} Endpoints, s", seconds, 2)
+    show("requests for them / for none", requests / none, 1, f"{requests:.0f} requests")
+    return {"requests": requests, "seconds": seconds, "endpoints": count}
+
+
+PARTS = {"redeploy": redeploys, "rollout": rollouts, "updates": through_updates, "listing": listing}
 
 
 def main() -> None:
@@ -248,15 +247,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--endpoints", type=int, default=1000)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     options = parser.parse_args()
     figures: dict[str, Any] = {}
+    arguments = {"rollout": (options.rounds,), "listing": (options.endpoints,)}
     try:
         with temporary_home(), namespace() as place:
             made = functions(3)
-            figures["redeploy"] = redeploys(place, made)
-            figures["rollout"] = rollouts(place, made, options.rounds)
-            figures["updates"] = through_updates(place, made)
-            figures["listing"] = listing(place, options.endpoints)
+            for part in options.parts:
+                rest = arguments.get(part, ())
+                figures[part] = PARTS[part](place, *(rest if part == "listing" else (made, *rest)))
     finally:
         print(running.give_back(), end="")
     record("cluster", figures, ["kubernetes", "urllib3"])

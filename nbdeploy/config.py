@@ -35,7 +35,24 @@ _SERVICE_LINK = re.compile(r"NBDEPLOY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|P
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One named engine: where Replicas run, and what an engine of this kind needs to know. Only the kind is a must."""
+    """One named engine: where Replicas run, and what an engine of this kind needs to know. Only the kind is a must.
+
+    Attributes:
+        kind: "local", "kubernetes", or one that an installed package brings.
+        context: of the kubeconfig; None means in-cluster, else the current one.
+        namespace: of the Endpoints; None means the context's own.
+        registry: where Images go, "registry.example.com/team"; a deploy to a cluster needs one.
+        base_image: None means the official Python image of the kernel's Python.
+        platform: of the nodes, "linux/amd64".
+        gateway: "NAME" or "NAMESPACE/NAME" of a Gateway that routes to Endpoints.
+        ingress_class: class of Ingresses, where there is no Gateway.
+        host: under which Endpoints are reached from outside, at NAME.HOST or where "{name}" stands in it.
+        tls_secret: of the Ingress.
+        image_pull_secret: with which nodes pull.
+        node_selector: added to each pod.
+        tolerations: added to each pod.
+        torch_index: package index asked first, for CPU or CUDA builds of torch.
+    """
 
     kind: str
     context: str | None = None

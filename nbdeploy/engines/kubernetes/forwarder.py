@@ -18,9 +18,10 @@ from typing import Any
 
 from nbdeploy.engines.kubernetes.credentials import CredentialsError, fetch
 from nbdeploy.engines.kubernetes.portforward import Api, ApiError, Tunnel, TunnelError
-from nbdeploy.engines.kubernetes.relay import Relay, linger, refusal
+from nbdeploy.engines.kubernetes.relay import Relay, linger
 from nbdeploy.engines.kubernetes.slices import Slices
 from nbdeploy.engines.kubernetes.state import State
+from nbdeploy.engines.loopback import problem
 from nbdeploy.process import Identity
 
 HOLD = 3.0  # seconds a connection waits for a pod that is about to be ready, before it gets a 503
@@ -154,7 +155,7 @@ class Forwarder:
             try:
                 tunnel = await self._connect(task, tried, limit)
             except _Refused as error:
-                writer.write(refusal(error.status, str(error)))
+                writer.write(problem(error.status, str(error)))
                 break
             self._relays[task] = relay = Relay(reader, writer, tunnel, unanswered)
             try:

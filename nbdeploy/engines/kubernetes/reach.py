@@ -17,6 +17,7 @@ from nbdeploy.engines.kubernetes.credentials import environment
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.engines.kubernetes.state import State
 from nbdeploy.engines.kubernetes.workload import object_name
+from nbdeploy.engines.loopback import PortTakenError, bound
 from nbdeploy.errors import EngineError, UsageError
 from nbdeploy.process import Identity, clean_environment, kernel_path, launch, let_go
 from nbdeploy.spec import label
@@ -80,7 +81,7 @@ class Forwarders:
                     return self.url(name)
                 identity.end()
             state.create(name)
-            with _bound(port) if port else _bound_if_free(kept) as listener:
+            with bound(port, patience=_RELEASE) if port else _bound_if_free(kept) as listener:
                 listener.listen(1024)
                 self._start(name, target, listener.fileno())
             return self.url(name)
@@ -160,31 +161,11 @@ def _checked(name: str) -> str:
     return name
 
 
-def _bound(port: int) -> socket.socket:
-    """Bind a port of this machine, 0 for any; one whose forwarder was just killed may be held for some milliseconds."""
-    limit = time.monotonic() + _RELEASE
-    while True:
-        fresh = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            fresh.bind(("127.0.0.1", port))
-        except OSError as error:
-            fresh.close()
-            if time.monotonic() > limit:
-                raise EngineError(
-                    f"Port {port} of this machine is taken ({error.strerror}). Choose another with --port, or stop the "
-                    "program that has it."
-                ) from error
-            time.sleep(0.01)
-        else:
-            return fresh
-
-
 def _bound_if_free(port: int) -> socket.socket:
     try:
-        return _bound(port)
-    except EngineError:
-        return _bound(0)
+        return bound(port, patience=_RELEASE)
+    except PortTakenError:
+        return bound(0)
 
 
 def _log(folder: Path) -> IO[bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 
 from nbdeploy.engines.kubernetes.portforward import Tunnel, TunnelError
 
@@ -13,7 +12,6 @@ _QUIET = 0.5  # seconds of silence that end an answer to such a client
 _CHUNK = 1 << 16
 _KEPT = 1 << 18  # bytes kept of what no pod has answered yet, so that another pod can get them
 _LINGER = 2.0  # seconds that a client may go on sending after the answer: closing at once would reset the answer away
-_TITLES = {502: "Bad Gateway", 503: "Service Unavailable"}
 
 
 class Relay:
@@ -97,16 +95,6 @@ class Relay:
     def _no_more(self) -> None:
         self.repeatable = False
         self._unanswered.clear()
-
-
-def refusal(status: int, detail: str) -> bytes:
-    """Return an HTTP answer in words, after which the connection ends."""
-    body = json.dumps({"type": "about:blank", "title": _TITLES[status], "status": status, "detail": detail}).encode()
-    head = (
-        f"HTTP/1.1 {status} {_TITLES[status]}\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n"
-        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
 
 
 async def linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

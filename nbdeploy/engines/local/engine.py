@@ -18,6 +18,7 @@ from nbdeploy.bundle import Bundle
 from nbdeploy.engines.base import OnProgress
 from nbdeploy.engines.local.layout import Launch, Layout, SupervisorRecord
 from nbdeploy.engines.local.logfile import read
+from nbdeploy.engines.loopback import bound
 from nbdeploy.errors import EndpointNotFoundError, EngineError, UsageError
 from nbdeploy.process import Identity, clean_environment, kernel_path, launch, let_go
 from nbdeploy.spec import Phase, Revision, Status, check_name, label
@@ -166,12 +167,7 @@ class LocalEngine:
         port = revision.serving.port
         if not port or Layout(self._home, revision.name).read("endpoint.json").get("port") == port:
             return
-        from nbdeploy.engines.local.listener import PortTakenError, bound
-
-        try:
-            bound(port).close()
-        except PortTakenError as error:
-            raise EngineError(str(error)) from None
+        bound(port).close()
 
     def key(self, name: str) -> str:
         """Return the Endpoint's key, "" where it is public."""

@@ -11,28 +11,10 @@ from collections.abc import Callable
 
 from nbdeploy.engines.local.refusal import refuse
 from nbdeploy.engines.local.replica import Replica
+from nbdeploy.engines.loopback import bound
 
 HOLD = 10.0  # seconds a connection waits while no Replica is ready, before it gets a 503
 BACKLOG = 1024
-
-
-class PortTakenError(Exception):
-    """A port that was asked for belongs to another program; the message is for the user."""
-
-
-def bound(port: int) -> socket.socket:
-    """Return a socket bound to a port of this machine, 0 for any; raises PortTakenError."""
-    fresh = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        fresh.bind(("127.0.0.1", port))
-    except OSError as error:
-        fresh.close()
-        raise PortTakenError(
-            f"Port {port} of this machine is taken ({error.strerror}). Choose another with --port, or stop the "
-            "program that has it."
-        ) from error
-    return fresh
 
 
 class Listener:

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 
-_BODY = json.dumps(
-    {
-        "type": "about:blank",
-        "title": "Service Unavailable",
-        "status": 503,
-        "detail": "No Replica is ready. `nbdeploy status NAME` tells why.",
-    }
-).encode()
-_ANSWER = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n"
-    b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
-)
+from nbdeploy.engines.loopback import problem
+
+_ANSWER = problem(503, "No Replica is ready. `nbdeploy status NAME` tells why.")
 
 
 def refuse(sock: socket.socket) -> None:

@@ -24,10 +24,11 @@ from nbdeploy_server import channel
 
 from nbdeploy.engines.local import orphans
 from nbdeploy.engines.local.layout import Layout
-from nbdeploy.engines.local.listener import Listener, PortTakenError
+from nbdeploy.engines.local.listener import Listener
 from nbdeploy.engines.local.logfile import LogFile
 from nbdeploy.engines.local.refusal import refuse
 from nbdeploy.engines.local.replica import Replica, State
+from nbdeploy.engines.loopback import PortTakenError
 from nbdeploy.process import Identity, resident
 from nbdeploy.spec import Phase, Revision
 
