@@ -63,14 +63,18 @@ def _state(status: Any, engine: str) -> dict[str, Any]:
     """Return what `status --json` prints: what the Engine knows, and the Job under way."""
     from nbdeploy.config import home
     from nbdeploy.jobs import running_job
+    from nbdeploy.spec import Phase
 
     job = running_job(home(), status.name, engine)
-    steps = [event.step for event in job.events()] if job is not None else []
+    events = job.events() if job is not None else []
     worker = job.worker() if job is not None else None
     row = status.to_json()
     row["job"] = None
     if job is not None:
-        row["job"] = {"id": job.id, "step": steps[-1] if steps else "", "pid": worker.pid if worker else 0}
+        if row["phase"] == Phase.PENDING and row["revision"] == 0:
+            # The engine cannot know that it is under way here: it would say "or was ended half-way".
+            row["reason"] = events[-1].detail if events else ""
+        row["job"] = {"id": job.id, "step": events[-1].step if events else "", "pid": worker.pid if worker else 0}
     return dict(row)
 
 
@@ -136,6 +140,7 @@ def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT00
     """Show one Endpoint: phase, reason, Replicas, URL, and the deploy under way."""
     from nbdeploy.errors import EndpointNotFoundError
 
+    only_a_job = False
     try:
         endpoint = _endpoint(name, engine)
         row = _state(endpoint.status(), endpoint.engine)
@@ -143,21 +148,27 @@ def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT00
         found = _only_a_job(name, engine)
         if found is None:
             raise
-        row = found
+        row, only_a_job = found, True
     if as_json:
         _echo_json(row)
         return
     lines = [
         ("phase", f"{row['phase']}{' · ' + row['reason'] if row['reason'] else ''}"),
-        ("url", row["url"]),
-        ("revision", str(row["revision"])),
-        ("replicas", f"{row['replicas']['ready']} of {row['replicas']['desired']} ready"),
-        ("in flight", "" if row["autoscaling"]["in_flight"] is None else str(row["autoscaling"]["in_flight"])),
-        ("memory", f"{row['memory_bytes'] / 1e6:.0f} MB" if row["memory_bytes"] else ""),
-        ("key", f"nbdeploy key {name}" if row["key_file"] else "none (public)"),
         ("notebook", row["notebook"]),
         ("deploy", f"{row['job']['step']} (job {row['job']['id']})" if row["job"] else ""),
     ]
+    lines[1:1] = (
+        []
+        if only_a_job
+        else [
+            ("url", row["url"]),
+            ("revision", str(row["revision"])),
+            ("replicas", f"{row['replicas']['ready']} of {row['replicas']['desired']} ready"),
+            ("in flight", "" if row["autoscaling"]["in_flight"] is None else str(row["autoscaling"]["in_flight"])),
+            ("memory", f"{row['memory_bytes'] / 1e6:.0f} MB" if row["memory_bytes"] else ""),
+            ("key", f"nbdeploy key {name}" if row["key_file"] else "none (public)"),
+        ]
+    )
     click.echo(f"{row['name']} · {row['engine']}")
     for title, value in lines:
         if value:
@@ -281,7 +292,9 @@ def history(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT0
         return
     for row in rows:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
-        what = "stopped" if row["stopped"] else row["bundle"][:19]  # sha256: and 12 digits
+        fewest = row["autoscaling"]["min_replicas"]
+        size = "stopped" if row["stopped"] else f"{fewest} replica{'' if fewest == 1 else 's'}"
+        what = f"{row['bundle'][:19]}  {size:<10}"  # sha256: and 12 digits: equal ones are the same code and model
         click.echo(f"{row['number']:>4}  {when}  {what}  {row['owner']}  {row['notebook']}".rstrip())
 
 

@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from nbdeploy_server import wire
@@ -30,12 +30,24 @@ class Client:
 
     Connection failures and 503 are tried again within the timeout. A request whose body was sent is never sent again
     unless `idempotent`: predict may have run.
+
+    Where a port of this machine refuses, `revive` is called once in a call: it has what stands there brought up again
+    and returns its URL.
     """
 
-    def __init__(self, url: str, key: str = "", *, timeout: float = TIMEOUT, idempotent: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str = "",
+        *,
+        timeout: float = TIMEOUT,
+        idempotent: bool = False,
+        revive: Callable[[], str] | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.idempotent = idempotent
+        self._revive = revive
         self._headers = {"content-type": wire.CONTENT_TYPE, "accept": wire.CONTENT_TYPE}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
@@ -68,6 +80,11 @@ class Client:
                 # A Client that is dropped closes its sockets without a ResourceWarning in the user's own tests.
                 weakref.finalize(self, self._sync.close)
             return self._sync
+
+    def revive(self) -> None:
+        """Have what stands at a port of this machine brought up again; its URL may have changed."""
+        if self._revive is not None:
+            self.url = self._revive().rstrip("/")
 
     # -- one call -----------------------------------------------------------------------------------------------
 
@@ -137,12 +154,21 @@ class Client:
             import httpx
 
             try:
-                document = self._http().get(f"{self.url}/openapi.json", timeout=self.timeout).json()
+                document = self._document().json()
                 body = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
                 self._names = tuple(body["schema"]["properties"])
             except (httpx.TransportError, ValueError, KeyError) as error:
                 raise UnreachableError(f"{self.url} does not tell its parameters ({error}): name them.") from None
         return self._names
+
+    def _document(self) -> httpx.Response:
+        import httpx
+
+        try:
+            return self._http().get(f"{self.url}/openapi.json", timeout=self.timeout)
+        except httpx.ConnectError:
+            self.revive()
+            return self._http().get(f"{self.url}/openapi.json", timeout=self.timeout)
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -208,6 +234,7 @@ class _Tries:
         self._client = client
         self._began = time.monotonic()
         self._pause = _RETRY
+        self._revived = False
 
     @property
     def left(self) -> float:
@@ -230,6 +257,9 @@ class _Tries:
 
         url = self._client.url
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            if self._refused_here(error) and not self._revived:
+                self._revived = True
+                self._client.revive()
             if self.over or not self._may_change(error):
                 raise UnreachableError(
                     f"{url} cannot be reached ({error}). `nbdeploy ls` shows what runs; a stopped Endpoint starts with "
@@ -249,8 +279,10 @@ class _Tries:
         text = str(error).lower()
         if "name or service" in text or "nodename" in text:
             return False
-        refused_here = "refused" in text and _is_local(self._client.url)
-        return not refused_here or time.monotonic() - self._began < LOCAL_PATIENCE
+        return not self._refused_here(error) or time.monotonic() - self._began < LOCAL_PATIENCE
+
+    def _refused_here(self, error: Exception) -> bool:
+        return "refused" in str(error).lower() and _is_local(self._client.url)
 
 
 def _tls(url: str) -> bool | ssl.SSLContext:

@@ -12,7 +12,7 @@ from nbdeploy.errors import ConfigError
 _MARKS = {"ok": "✓", "missing": "✗", "note": "·"}
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cluster() -> None:
     """Look at the cluster that an engine deploys to."""
 

@@ -36,20 +36,21 @@ class Endpoint:
         self._timeout = timeout
         self._idempotent = idempotent
         self._client: Client | None = None
+        self._held: Engine | None = None
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Endpoint {self._name or self._url} on {self._engine_name or 'elsewhere'}: {self._url}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in {"_client", "_lock"}}
+        state = {name: value for name, value in self.__dict__.items() if name not in {"_client", "_held", "_lock"}}
         if not state["_key"]:
             with contextlib.suppress(NbdeployError):  # its engine is out of reach from here
                 state["_key"] = self._find_key()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _client=None, _lock=threading.Lock())
+        self.__dict__.update(state, _client=None, _held=None, _lock=threading.Lock())
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -118,7 +119,11 @@ class Endpoint:
                         f"{self._name} has no URL yet: `nbdeploy status {self._name}` tells how far it is."
                     )
                 self._client = Client(
-                    self._url, self._key or self._find_key(), timeout=self._timeout, idempotent=self._idempotent
+                    self._url,
+                    self._key or self._find_key(),
+                    timeout=self._timeout,
+                    idempotent=self._idempotent,
+                    revive=self._revived if self._engine_name else None,
                 )
             return self._client
 
@@ -134,6 +139,11 @@ class Endpoint:
             if not self._url:  # else it travelled into another predict, where the engine is out of reach
                 raise
 
+    def _revived(self) -> str:
+        """Have the engine bring up again what stood at the URL, such as a forwarder that was killed; return the URL."""
+        self._reach()
+        return self._url
+
     def _find_key(self) -> str:
         if not self._engine_name:
             return ""
@@ -147,7 +157,9 @@ class Endpoint:
             raise UsageError(
                 f"{self._url} was connected by URL: only calls are possible. connect(NAME) gives one that can do more."
             )
-        return engine_named(self._engine_name)
+        if self._held is None:
+            self._held = engine_named(self._engine_name)  # a cluster's login program may take seconds
+        return self._held
 
     def status(self) -> Status:
         """Return what the Engine knows of it now."""
@@ -251,7 +263,10 @@ class Endpoint:
     def _last(self) -> Revision:
         history = self.history()
         if not history:
-            raise EndpointNotFoundError(f"There is no Endpoint {self._name!r}.")
+            raise EndpointNotFoundError(
+                f"No Revision of {self._name} serves yet: its first deploy is under way, or was ended half-way. "
+                f"nbdeploy status {self._name} tells which; deploy it again, or nbdeploy delete {self._name}."
+            )
         return history[-1]
 
     def _apply(self, revision: Revision) -> Status:

@@ -133,6 +133,11 @@ def lock(distributions: Iterable[Distribution], wheels: Mapping[str, str] | None
     ]
 
 
+def targeted(rows: Sequence[Mapping[str, Any]], *, gpus: int, torch_index: str | None) -> list[Mapping[str, Any]]:
+    """Return the rows that a Replica needs: without CUDA's where it has no GPU and an index for torch is named."""
+    return list(rows) if gpus or not torch_index else list(without_cuda(rows))
+
+
 def without_cuda(rows: Sequence[Mapping[str, Any]], *, path: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     """Return the rows for machines without GPUs: builds for CUDA become plain versions, and their libraries stay here.
 
@@ -201,7 +206,7 @@ def resolve(
 
     command = [uv.find_uv_bin(), "pip", "compile", "-", "--format", "pylock.toml", "--no-header", "--no-progress"]
     command += ["--color", "never", "--only-binary", ":all:", "--no-python-downloads"]
-    command += ["--python", sys.executable, "--python-version", python]
+    command += ["--python", sys.executable, "--python-version", patched(python)]
     foreign = platform is not None and _foreign(platform)
     if not foreign:
         command.append("--no-deps")  # the rows are complete, and pins that disagree with each other are the user's own
@@ -220,6 +225,12 @@ def resolve(
         raise DeployError(_refusal(rows, result.stderr, python, platform))
     _check_pins(rows, result.stdout, relabelled=index is not None)
     return result.stdout
+
+
+def patched(python: str) -> str:
+    """Return this Python's full version for its own minor: uv reads "3.11" as 3.11.0, which some packages refuse."""
+    here = sys.version.split()[0]
+    return here if here.startswith(f"{python}.") else python
 
 
 def _foreign(name: str) -> bool:

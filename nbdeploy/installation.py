@@ -125,7 +125,14 @@ def site(
 
     def make(folder: Path) -> None:
         on_progress(f"installing {len(rows)} packages for {platform}")
-        there = ("--python", sys.executable, "--python-version", python, "--python-platform", platform)
+        there = (
+            "--python",
+            sys.executable,
+            "--python-version",
+            environment.patched(python),
+            "--python-platform",
+            platform,
+        )
         with _locked(rows, wheels, python, platform, index) as lock:
             if on_lock is not None:
                 on_lock(lock.read_text(encoding="utf-8"))
@@ -143,7 +150,8 @@ def server_source() -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
 
 
-_EXACT = ("--quiet", "--no-deps", "--only-binary", ":all:")
+# Links of uv's own settings would be taken for changed files: a symlink has another size than what it points to.
+_EXACT = ("--quiet", "--no-deps", "--only-binary", ":all:", "--link-mode", "hardlink")
 
 
 @contextlib.contextmanager
@@ -244,7 +252,11 @@ def _whole(folder: Path) -> bool:
 
 def _forget(root: Path, used: Path) -> None:
     """Remove folders beyond the kept ones that nobody has used for long, and what broken installs left."""
-    found = [(path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir() and path != used]
+    found = []
+    for path in root.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another deploy has given it its final name
+            if path.is_dir() and path != used:
+                found.append((path.stat().st_mtime, path))
     kept = sorted((pair for pair in found if not pair[1].name.startswith(".")), reverse=True)
     stale = [pair for pair in found if pair[1].name.startswith(".")]
     for changed, path in [*kept[KEPT - 1 :], *stale]:

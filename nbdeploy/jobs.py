@@ -172,10 +172,21 @@ class Job:
             Identity.from_json(json.loads((self.folder / "child.json").read_text(encoding="utf-8"))).end_group()
         self.record_child(None)
         self.forget_secrets()
-        if not self.ended():
-            journal = Journal(self)
-            journal.write("job", state, detail, error=error)
-            journal.close()
+        with (self.folder / "events.jsonl").open("rb") as file:
+            with contextlib.suppress(ImportError):  # Windows has none, and no worker either
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)  # several may find it dead at once
+            if not self.ended():
+                journal = Journal(self)
+                journal.write("job", state, detail, error=error)
+                journal.close()
+
+    def bury_if_dead(self) -> None:
+        """Write the end of a Job that nobody follows any more, and whose worker was killed on this machine."""
+        worker = self.worker()
+        if worker is not None and worker.is_here() and not worker.alive() and not self.ended():
+            self.bury("failed", self._last_words(), "DeployError")
 
     def follow(self) -> Iterator[Event]:
         """Yield events as they come, to the end of the Job; a worker that died without a word ends it as failed."""
@@ -192,10 +203,16 @@ class Job:
                 time.sleep(_POLL)
 
     def _last_words(self) -> str:
-        if any(event.step == "ready" for event in self.events()):
+        events = self.events()
+        if any(event.step == "ready" for event in events):
             return (
                 "The worker of this deploy was killed at its last step: the new Revision serves, but no request "
                 "through the URL has proved it. Deploy again to have it proved."
+            )
+        if any((event.step, event.state) == ("pushed", "done") for event in events):  # a cluster goes on by itself
+            return (
+                "The worker of this deploy was killed while its Replicas were starting; the cluster may go on with "
+                f"them. nbdeploy status {self.spec['name']} tells what serves. Deploy again."
             )
         log = self.folder / "worker.log"
         with contextlib.suppress(OSError):
@@ -241,8 +258,11 @@ def running_job(home: Path, name: str, engine: str | None = None) -> Job | None:
     """Return the newest Job under way for an Endpoint, if there is one."""
     for job in all_jobs(home):
         spec = job.spec
-        if spec["name"] == name and engine in {None, spec["engine"]} and job.running():
+        if spec["name"] != name or engine not in {None, spec["engine"]}:
+            continue
+        if job.running():
             return job
+        job.bury_if_dead()
     return None
 
 

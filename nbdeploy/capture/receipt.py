@@ -39,6 +39,8 @@ def receipt(
     """
     namespace = getattr(reach.target_of(request.predict), "__globals__", {})
     names = {one.name for one in reached.globals} | set(reached.functions) | {request.variable.partition(".")[0]}
+    if request.has_model:  # deploy(model, predict) knows no name: whatever is called so travels as the model
+        names |= {name for name, value in list(namespace.items()) if value is request.model}
     blobs = parts["blobs"]
     model_travels = plan.model in {"passed", "reached"}
     return {

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "in_notebook"]
 
 _SENTENCE = re.compile(r"(?<=\.) (?=[A-Z][a-z])|; ")  # between two sentences
-_INTERVAL = 0.1  # seconds between updates of a running step
+_INTERVAL = 0.1  # seconds between updates of a running step whose words stay
 _MARKS = {
     "running": ("▸", "nbd-run"),
     "done": ("✓", "nbd-ok"),
@@ -71,6 +71,7 @@ class Progress:
         self._failure = ""
         self._handle: Any = None
         self._shown_at = 0.0
+        self._shown_words: dict[str, str] = {}
         self._printed: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -180,14 +181,20 @@ class Progress:
             self._notes.append(note)
 
     def _due(self, event: Event) -> bool:
-        """Whether a running step is to be shown now: at its first word, then ten times a second at most."""
-        return event.step not in self._printed or time.monotonic() - self._shown_at >= _INTERVAL
+        """Whether a running step is to be shown now: new words at once, numbers ten times a second at most.
+
+        Words may be the last for minutes ("No node takes …"), so none may be dropped.
+        """
+        step = self._steps.get(event.step)
+        new = step is not None and self._shown_words.get(event.step) != step.detail
+        return new or time.monotonic() - self._shown_at >= _INTERVAL
 
     def _show(self) -> None:
         from IPython import get_ipython
         from IPython.display import display
 
         self._printed.update(self._steps)
+        self._shown_words = {name: step.detail for name, step in self._steps.items()}
         self._shown_at = time.monotonic()
         bundle = {"text/html": self.html(), "text/plain": self.text()}
         if self._handle is None:

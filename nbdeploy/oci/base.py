@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from nbdeploy.errors import RegistryError
 from nbdeploy.oci.layers import TAR, Layer
 from nbdeploy.oci.reference import Reference
-from nbdeploy.oci.registry import Manifest, Registry
+from nbdeploy.oci.registry import Manifest, OpenRegistry, Registry
 
 _INDEXES = {
     "application/vnd.oci.image.index.v1+json",
@@ -26,9 +26,6 @@ _LAYERS = {
 """Kinds of layers that a base may have, and what an OCI image calls them."""
 
 MOST = 60  # layers of a base: an image has room for 120 in all, and ours need theirs
-
-OpenRegistry = Callable[[str], Registry]
-"""Gives the Registry of a host; whoever passes it closes what it opened."""
 
 
 @dataclass(frozen=True)

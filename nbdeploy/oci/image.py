@@ -22,11 +22,10 @@ from nbdeploy.installation import server_source
 from nbdeploy.oci.base import Base, environment_of
 from nbdeploy.oci.layers import MOST, Entry, Layer, tree
 from nbdeploy.oci.packages import PLACE as SITE
+from nbdeploy.oci.push import CONFIG, MANIFEST
 from nbdeploy.oci.reference import Reference
 from nbdeploy.oci.weights import blob_entry, blobs
 
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-CONFIG = "application/vnd.oci.image.config.v1+json"
 SERVER = "opt/nbdeploy/server"
 STORE = "opt/nbdeploy/store"
 USER = "10001:10001"

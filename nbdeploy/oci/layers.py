@@ -19,6 +19,7 @@ TAR = "application/vnd.oci.image.layer.v1.tar"
 BLOCK = 256 << 10  # bytes read, hashed and sent at a time: they stay in the processor's cache
 LONE = 64 << 20  # bytes from which a file is a layer of its own
 BUNDLED = 256 << 20  # bytes of smaller files in one layer, at most
+PLAIN = 1 << 20  # bytes from which the slow encoder would cost more than it saves (2 MB/s, 160 times the memory)
 TINY = 1 << 20  # bytes up to which files are kept apart from larger ones: they change more often
 MOST = 64  # layers of one kind
 
@@ -150,8 +151,10 @@ def _read(entry: Entry) -> Iterator[bytes]:
 
 
 def tree(entries: Iterable[Entry], title: str) -> Layer:
-    """Return a small layer, compressed in memory, with the same bytes on every machine."""
+    """Return a small layer, with the same bytes on every machine; one of PLAIN bytes or more is not compressed."""
     plain = b"".join(Archive(entries).chunks())
+    if len(plain) >= PLAIN:
+        return Layer(TAR, _digest(plain), _digest(plain), len(plain), title, lambda: (plain,))
     data = gzipped(plain)
     return Layer(f"{TAR}+gzip", _digest(data), _digest(plain), len(data), title, lambda: (data,))
 

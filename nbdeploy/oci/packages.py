@@ -74,8 +74,7 @@ def layers(
 
     Raises DeployError naming the packages that have no wheel for that platform.
     """
-    if not gpus and torch_index:
-        rows = environment.without_cuda(rows)
+    rows = environment.targeted(rows, gpus=gpus, torch_index=torch_index)
 
     def on_lock(text: str) -> None:
         if not gpus and (words := cuda_words(cuda_bytes(_wheel_sizes(text)), "of wheels")):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from nbdeploy.errors import RegistryError
 from nbdeploy.oci.refusal import RefusedError
-from nbdeploy.oci.registry import Registry
+from nbdeploy.oci.registry import OpenRegistry
 
 if TYPE_CHECKING:
     from nbdeploy.oci.layers import Layer
@@ -31,7 +31,6 @@ _SMALL = 1 << 20  # bytes below which a blob is sent without asking for it: aski
 _PAUSES = (0.2, 1.0, 3.0)  # seconds before blobs are looked after again
 _TELL_SECONDS = 0.2  # between two reports
 
-OpenRegistry = Callable[[str], Registry]
 OnProgress = Callable[[str, Mapping[str, float]], None]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from nbdeploy.oci.transport import in_words
 from nbdeploy.oci.upload import Blob, Source, Uploader, scopes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from urllib3 import BaseHTTPResponse
 
@@ -209,3 +210,7 @@ def _wrong(host: str, repository: str, digest: str) -> RegistryError:
         f"{host} gave other bytes than {digest[:19]}... of {repository}: they are not used. The registry or a proxy "
         "before it is at fault; deploy again, and tell its admin if it stays so"
     )
+
+
+OpenRegistry = Callable[[str], Registry]
+"""Gives the Registry of a host, always the same for a host; whoever passes it closes what it opened."""

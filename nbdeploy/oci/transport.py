@@ -156,15 +156,22 @@ class Transport:
             return urllib3.PoolManager(**more)
         parts = urllib.parse.urlsplit(proxy)
         if parts.scheme not in {"http", "https"}:
-            raise RegistryError(f"the proxy {proxy} is of a kind that cannot be used here: HTTPS_PROXY takes http://")
+            raise RegistryError(
+                f"the proxy {without_login(proxy)} is of a kind that cannot be used here: HTTPS_PROXY takes http://"
+            )
         who = (
             f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
             if parts.username
             else ""
         )
         secret = urllib3.make_headers(proxy_basic_auth=who) if who else None
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        return urllib3.ProxyManager(bare, proxy_headers=secret, **more)
+        return urllib3.ProxyManager(without_login(proxy), proxy_headers=secret, **more)
+
+
+def without_login(url: str) -> str:
+    """Return a URL without user and password, fit to be shown."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def in_words(host: str, error: Exception) -> RegistryError:

@@ -25,6 +25,13 @@ def rows() -> dict[str, dict[str, str]]:
     return {row["check"]: row for row in json.loads(run("--json").stdout)}
 
 
+def unset(folder: Path, setting: str) -> None:
+    """Take a setting out of the engine's."""
+    file = folder / "config" / "nbdeploy" / "config.toml"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith(setting)), encoding="utf-8")
+
+
 def test_all_is_there(on_cluster: Namespace) -> None:
     """With the Role, a registry and a base image, nothing is missing; what cannot be seen is no failure."""
     result = run()
@@ -50,6 +57,9 @@ def test_missing_right(on_cluster: Namespace) -> None:
     assert "✗ access" in result.output
     assert "kind: RoleBinding" in result.output
     assert "✓ registry push" in result.output
+    assert f"namespace is '{on_cluster.name}', where you may do nothing: is it spelt right?" in result.output
+    assert result.output.count("kind: RoleBinding") == 1
+    assert "· quota         unknown, a right is missing" in result.output
 
 
 def test_nothing_reached(on_cluster: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,10 +84,28 @@ def test_registry_and_base(on_cluster: Namespace, tmp_path: Path) -> None:
 
 def test_no_registry(on_cluster: Namespace, tmp_path: Path) -> None:
     """Settings without a registry are told, with the line to write."""
-    file = tmp_path / "config" / "nbdeploy" / "config.toml"
-    lines = file.read_text(encoding="utf-8").splitlines()
-    file.write_text("\n".join(line for line in lines if not line.startswith("registry")), encoding="utf-8")
-    assert 'registry = "registry.example.com/team"' in rows()["registry push"]["detail"]
+    unset(tmp_path, "registry")
+    found = rows()
+    assert 'registry = "registry.example.com/team"' in found["registry push"]["detail"]
+    assert found["registry pull"]["state"] == "note"
+
+
+def test_a_registry_written_like_a_web_page(on_cluster: Namespace, tmp_path: Path) -> None:
+    """`http://` before the registry is told with the setting that has it."""
+    on_cluster.configure(tmp_path / "config", registry="http://127.0.0.1:5000/team")
+    assert rows()["registry push"]["detail"].startswith("engines.cluster.registry is 'http://127.0.0.1:5000/team'")
+
+
+def test_a_default_base_image_out_of_reach(
+    on_cluster: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who set no base_image learns that there is such a setting."""
+    unset(tmp_path, "base_image")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "10.97.0.1")
+    found = rows()["base image"]
+    assert found["state"] == "missing"
+    assert "base_image in [engines.cluster]" in found["detail"]
 
 
 def test_quota_in_words(on_cluster: Namespace) -> None:

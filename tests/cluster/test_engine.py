@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ import pytest
 
 from nbdeploy.engines.base import get_engine
 from nbdeploy.engines.kubernetes.workload import object_name
-from nbdeploy.errors import EngineError
-from nbdeploy.spec import Phase, Resources
+from nbdeploy.errors import EndpointNotFoundError, EngineError
+from nbdeploy.spec import Phase, Resources, Serving
 from tests.conftest import wait_until
 from tests.engines.conftest import ADD, NEVER_LOADS, PRINTS, REPLICA, House, Raw, house_of
 
@@ -110,7 +111,8 @@ def test_no_request_fails_through_a_roll_out(house: House, place: Namespace, nam
     """16 kept connections without retries call through the Service during an update; all are answered."""
     settings = {key: value for key, value in settings_of(place).items() if key != "drain"}  # every proxy gets its time
     house = House(house.home, get_engine("kubernetes", house.home, settings))
-    house.apply(name, ADD, {"x": 1})
+    enough = Resources(cpus=0.5, memory="256Mi")  # while other tests load the nodes
+    house.apply(name, ADD, {"x": 1}, resources=enough)
     key = house.engine.key(name)
     address = place.cluster.get("-n", place.name, "service", object_name(name))["spec"]["clusterIP"]
     over = threading.Event()
@@ -120,6 +122,7 @@ def test_no_request_fails_through_a_roll_out(house: House, place: Namespace, nam
     def call() -> None:
         with Raw(f"http://{address}:80", key) as client:
             while not over.is_set():
+                over.wait(0.01)  # the nodes share this machine: callers at full speed would starve their proxy
                 try:
                     answers.append(client.ask({"x": 1}))
                 except (OSError, AssertionError, ValueError) as error:
@@ -131,7 +134,7 @@ def test_no_request_fails_through_a_roll_out(house: House, place: Namespace, nam
         caller.start()
     try:
         wait_until(lambda: len(answers) > 200)
-        house.apply(name, ADD.replace("+ 1", "+ 100"), {"x": 1})
+        house.apply(name, ADD.replace("+ 1", "+ 100"), {"x": 1}, resources=enough)
         wait_until(lambda: len(pods(place, name)) == 1 and answers[-100:] == [101] * 100)
         wait_until(lambda: len(answers) > 2000)
     finally:
@@ -219,6 +222,35 @@ def test_a_name_that_is_taken_by_others(house: House, place: Namespace, name: st
     place.kubectl("delete", "configmap", object_name(name))
 
 
+def test_going_back_restores_all_of_a_revision(house: House, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two Revisions of one Bundle that differ in a variable: going back brings the first one's value back."""
+    source = "import os\ndef predict(x: int) -> str:\n    return os.environ.get('MODE', 'none')\n"
+    house.apply(name, source)
+    monkeypatch.setenv("MODE", "other")
+    house.apply(name, source, variables=("MODE",))
+    assert house.ask(name, x=1) == "other"
+    house.change(name, variables=())
+    assert house.ask(name, x=1) == "none"
+
+
+def test_a_taken_port_is_told_before_anything_is_made(house: House, name: str) -> None:
+    """--port of a forwarder that another program has is refused at once."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        revision = house.revision(name, house.bundle(ADD), serving=Serving(port=other.getsockname()[1]))
+        with pytest.raises(EngineError, match="is taken"):
+            house.engine.check(revision)
+
+
+def test_a_log_that_nobody_reads_on_leaves_nothing(house: House, name: str) -> None:
+    """Whoever stops following a log leaves no thread behind."""
+    house.apply(name, PRINTS)
+    lines = house.engine.logs(name, follow=True)
+    assert next(lines).startswith("nbd-")
+    lines.close()
+    wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith("nbdeploy-log-")])
+
+
 def test_a_record_that_somebody_broke(house: House, place: Namespace, name: str) -> None:
     """A record that cannot be read is told by status and listing, hides no other Endpoint, and can be deleted."""
     house.apply(name, ADD, {"x": 1})
@@ -228,6 +260,8 @@ def test_a_record_that_somebody_broke(house: House, place: Namespace, name: str)
     assert status.phase == Phase.FAILED
     assert "somebody changed it" in status.reason
     assert [one.phase for one in house.engine.list() if one.name == name] == [Phase.FAILED]
+    with pytest.raises(EndpointNotFoundError):
+        house.engine.status("another")
     house.engine.delete(name)
     assert name not in [one.name for one in house.engine.list()]
     assert pods(place, name) == []

@@ -95,6 +95,34 @@ def test_an_error_of_the_notebook_reaches_the_notebook(on_cluster: Namespace, ke
     wait_until(lambda: roots(on_cluster) == [])
 
 
+def test_what_answers_otherwise_with_the_lock_alone_is_not_pushed(on_cluster: Namespace, kernel: Kernel) -> None:
+    """The sample is asked where only the lock is installed; another answer there ends the deploy before the push."""
+    kernel.run("import sys\ndef where(x: int) -> str:\n    return sys.prefix")
+    shown = kernel.run(f"%deploy where --sample 1 --engine cluster {SMALL}")
+    assert shown.status == "error"
+    assert "locked packages" in shown.error
+    assert "ParityError" in shown.error
+    assert "pushed" not in json.dumps(shown.bundles)
+    assert roots(on_cluster) == []
+
+
+def test_what_a_deploy_waits_for_is_seen_in_the_shell(on_cluster: Namespace, kernel: Kernel) -> None:
+    """While no node fits, status and the cell say so, not that it may have ended; cancel leaves nothing."""
+    from click.testing import CliRunner
+
+    from nbdeploy.cli import main
+
+    def run(*arguments: str) -> str:
+        return CliRunner().invoke(main, arguments).output
+
+    kernel.run(f"%deploy predict --name wants --engine cluster {SMALL} --gpu 1 --gpu-type nonsense --no-wait")
+    wait_until(lambda: "--gpu-type nonsense" in run("status", "wants"))
+    assert "half-way" not in run("status", "wants") + run("ls")
+    assert run("cancel", "wants") == "The deploy of wants is cancelled.\n"
+    assert "public" not in run("status", "wants")
+    wait_until(lambda: roots(on_cluster) == [])
+
+
 def test_the_command_line_shows_clusters(on_cluster: Namespace, kernel: Kernel) -> None:
     """`nbdeploy ls`, status, logs, call, scale, history and delete work as for Endpoints of this machine."""
     from click.testing import CliRunner

@@ -190,6 +190,19 @@ def test_an_ipython_shell_shows_the_help(capsys: pytest.CaptureFixture[str]) -> 
     assert "--sample EXPR" in said
 
 
+def test_new_words_are_shown_however_soon_they_come(kernel: Kernel) -> None:
+    """Words that may stand for minutes are shown even if they come just after others; mere numbers are throttled."""
+    code = (
+        "from nbdeploy.jobs import Event\nfrom nbdeploy.notebook.progress import Progress\np = Progress('a')\n"
+        "said = ['waiting for Replicas', 'waiting for a node', *['No node takes a Replica'] * 50]\n"
+        "for at, words in enumerate(said):\n"
+        "    p(Event(at, 0.0, 'starting', 'running', words, 0.0, {}))"
+    )
+    shown = [message["data"]["text/plain"] for message in kernel.run(code) if "data" in message]
+    assert "No node takes a Replica" in shown[-1]
+    assert 3 <= len(shown) < 25
+
+
 def test_throttling_never_hides_an_end() -> None:
     """However fast events come, the text holds the last state."""
     progress = Progress("a", notebook=False)

@@ -222,3 +222,14 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True, env=environ
     )
     assert int(done.stdout) < 64 << 10, f"{done.stdout} KiB"
+
+
+def test_a_tree_that_is_not_small_is_not_compressed() -> None:
+    """The slow encoder is spared: from 1 MiB on a layer is the plain archive, and below it a gzip of the same."""
+    data = random.Random(1).randbytes(1 << 20)  # noqa: S311 - bytes that do not compress
+    large, small = tree([Entry.of("a/large", data)], "large"), tree([Entry.of("a/small", data[:1000])], "small")
+    plain = b"".join(large.open()) if large.open else b""
+    assert (large.media_type, large.digest) == ("application/vnd.oci.image.layer.v1.tar", large.diff_id)
+    assert plain == by_tarfile({"a/large": data})
+    assert small.media_type.endswith("+gzip")
+    assert gzip.decompress(b"".join(small.open() if small.open else [])) == by_tarfile({"a/small": data[:1000]})

@@ -343,6 +343,13 @@ def test_tls(start: Callable[..., DockerRegistry], certificate: Certificate, con
         upload(connect(plain), b"x")
 
 
+def test_a_proxy_is_told_without_its_password() -> None:
+    """A proxy that cannot be used is named, its user and password are not."""
+    with pytest.raises(RegistryError, match=r"socks5://proxy\.test:1080") as caught:
+        Registry("registry.test", environ={"HTTPS_PROXY": "socks5://ada:s3cret@proxy.test:1080"}).manifest("a/b", "1")
+    assert "s3cret" not in str(caught.value)
+
+
 def test_a_proxy_is_used_for_other_hosts_only(
     start: Callable[..., DockerRegistry], certificate: Certificate, connect: Connect
 ) -> None:

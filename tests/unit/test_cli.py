@@ -212,6 +212,7 @@ def test_key_and_open(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_history(place: Path) -> None:
     """Revisions, as text and as data."""
+    assert "1 replica " in run("history", "add").output
     assert "sha256:" in run("history", "add").output
     (row,) = json.loads(run("history", "add", "--json").output)
     assert (row["number"], row["name"], row["stopped"]) == (1, "add", False)
@@ -280,7 +281,10 @@ def test_cancel_a_first_deploy(home: Path) -> None:
     check(row)
     assert (row["phase"], row["url"], row["revision"]) == ("pending", "", 0)
     assert row["job"]["pid"] > 0
-    assert "verified (job " in run("status", "slow").output
+    shown = run("status", "slow").output
+    assert "verified (job " in shown
+    assert "public" not in shown
+    assert "half-way" not in shown
     assert run("cancel", "slow").output == "The deploy of slow is cancelled.\n"
     wait_until(lambda: not leftovers(home), 15)
     assert run("status", "slow").exit_code in {0, 1}
@@ -338,3 +342,5 @@ def test_a_failed_deploy_is_remembered(home: Path) -> None:
     shown = run("status", "fails")
     assert shown.exit_code == 0
     assert "not here" in shown.output
+    assert "public" not in shown.output
+    assert "replicas" not in shown.output

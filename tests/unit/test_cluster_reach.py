@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import http.client
 import json
 import os
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nbdeploy.engines.kubernetes.credentials import Access, environment
+from nbdeploy.engines.kubernetes.credentials import Access, environment, fetch
 from nbdeploy.engines.kubernetes.reach import Forwarders, address
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.engines.kubernetes.slices import Serving, read
@@ -123,6 +125,19 @@ def test_plain_http_needs_no_certificates() -> None:
     """An API server behind `kubectl proxy`."""
     assert Access("http://127.0.0.1:8001").tls() is None
     assert Access("https://cluster:6443").tls() is not None
+
+
+def test_a_large_certificate_file(kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle of certificates larger than a pipe holds is read whole by the process that logs in."""
+    bundle = tmp_path / "ca.crt"
+    bundle.write_text("".join(f"# certificate {number}\n" for number in range(20_000)), encoding="ascii")
+    content = json.loads(kubeconfig.read_text(encoding="utf-8"))
+    content["clusters"][0]["cluster"] = {"server": "https://127.0.0.1:1", "certificate-authority": str(bundle)}
+    large = tmp_path / "large"
+    large.write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setenv("KUBECONFIG", str(large))
+    access = asyncio.run(fetch("cluster", None))
+    assert "certificate 19999" in json.dumps(dataclasses.asdict(access))
 
 
 def test_asking_for_the_url_starts_nothing(forwarders: Forwarders, tmp_path: Path) -> None:

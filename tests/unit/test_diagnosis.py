@@ -74,7 +74,7 @@ def found(data: Data, **more: Any) -> tuple[str, bool, str]:
         ("oom", "oom", True, ["64 MiB", "OOMKilled", "--memory 1Gi"]),
         ("startup", "startup", True, ["within 5 s", "nbdeploy logs"]),
         ("liveness", "liveness", True, ["answered nothing", "nbdeploy logs"]),
-        ("config-env", "secret-missing", True, ["Secret absent", "--secret"]),
+        ("config-env", "secret-missing", True, ["Secret absent", "--secret", "create secret generic absent"]),
         ("config-key", "secret-missing", True, ["has no key absent"]),
         ("nonroot", "runs-as-root", True, ["run as root"]),
         ("mount", "mount", False, ["node node1", 'configmap "absent" not found']),
@@ -219,6 +219,20 @@ def test_memory_words_know_the_weights() -> None:
     """An OOM kill names the weights, and what is suggested holds them."""
     assert "weights alone are 3.0 GiB" in found(recorded("oom"), weights=3 * 2**30)[2]
     assert "--memory 7Gi" in found(recorded("oom"), weights=3 * 2**30)[2]
+
+
+def test_a_gpu_type_that_no_node_has() -> None:
+    """A --gpu-type in other letters than the cluster's: the words tell where its own are listed."""
+    data = recorded("selector")
+    expressions = [{"key": "nvidia.com/gpu.product", "operator": "In", "values": ["nonsense", "NVIDIA-nonsense"]}]
+    terms = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+    for pod in data["pods"]:
+        pod["spec"] = {**pod["spec"], "nodeSelector": {}, "affinity": affinity}
+    _, fatal, words = found(data)
+    assert not fatal
+    assert "not as asked for (--gpu-type nonsense)" in words
+    assert "kubectl get nodes -L nvidia.com/gpu.product" in words
 
 
 def test_growing_cluster() -> None:

@@ -190,7 +190,7 @@ def test_probes_and_grace() -> None:
     probes = [container[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert {probe["httpGet"]["port"] for probe in probes} == {"probes"}
     assert [probe["httpGet"]["path"] for probe in probes] == ["/readyz", "/readyz", "/livez"]
-    assert [(probe["periodSeconds"], probe["failureThreshold"]) for probe in probes] == [(1, 1200), (5, 2), (20, 3)]
+    assert [(probe["periodSeconds"], probe["failureThreshold"]) for probe in probes] == [(1, 1200), (5, 6), (20, 3)]
     assert spec["terminationGracePeriodSeconds"] == 3 + 13 + 10
     assert "lifecycle" not in container
     assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"

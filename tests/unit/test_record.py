@@ -95,8 +95,10 @@ def test_a_failed_revision_leaves_the_record_as_it_was() -> None:
 
 
 def test_revisions() -> None:
-    """While the first is under way it is what there is; later the one under way is not yet history."""
-    assert [one.number for one in Record(NAME).with_revision(_kept(1)).revisions()] == [1]
+    """The one under way is not yet history, and never is if the deploy that made it was killed."""
+    killed = Record(NAME).with_revision(_kept(1))
+    assert killed.revisions() == []
+    assert [one.number for one in killed.with_revision(_kept(2)).committed(2).revisions()] == [2]
     assert [one.number for one in _served(_kept(1)).with_revision(_kept(2)).revisions()] == [1]
     assert Record(NAME).next_number == 1
     assert Record(NAME).current is None

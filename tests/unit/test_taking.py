@@ -94,6 +94,14 @@ def test_how_a_model_is_passed(store: Store) -> None:
         assert any("stays home" in note for note in taken.receipt["notes"]) == (origin == "none")
 
 
+def test_a_model_without_a_name_is_not_left_behind(store: Store) -> None:
+    """deploy(net, predict) from Python tells no name: the variable that holds the model is not said to stay home."""
+    cell = "net = bytearray(2_000_000)\nother = bytearray(3_000_000)\ndef predict(net, x: int): return x"
+    found = names(cell)
+    taken = take(Request(predict=found["predict"], model=found["net"], has_model=True, sample={"x": 1}), store)
+    assert taken.receipt["left_behind"] == ["other (3 MB, never reached by predict)"]
+
+
 def test_a_reached_model(store: Store) -> None:
     """Reached as a global, a default, an attribute of a library's object, a function, a bound method's object."""
     model = [1, 2]

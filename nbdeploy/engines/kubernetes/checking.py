@@ -18,9 +18,10 @@ from nbdeploy.engines.kubernetes import access, capacity
 from nbdeploy.engines.kubernetes.client import Asked, Client, ForbiddenError
 from nbdeploy.engines.kubernetes.publish import repository
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
-from nbdeploy.errors import EngineError, NbdeployError
+from nbdeploy.errors import ConfigError, EngineError, NbdeployError, RegistryError, UsageError
 from nbdeploy.oci.base import base_of, default_base
 from nbdeploy.oci.registry import Registry
+from nbdeploy.oci.transport import without_login
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 _PROBE = b"nbdeploy cluster check\n"  # a blob of 23 bytes, the same each time
@@ -86,9 +87,17 @@ _Check = Callable[[Any, ClusterSettings], Row]
 def _row(title: str, check: _Check, client: Client | None, settings: ClusterSettings) -> Row:
     try:
         found = check(client, settings)
+    except ForbiddenError as error:  # who lacks one right mostly lacks more: the Role to paste is told once
+        words = str(error) if check is _access else f"unknown, a right is missing: {_first(error)}. See access"
+        found = Row(title, MISSING if check is _access else NOTE, words)
     except (NbdeployError, OSError) as error:
         found = Row(title, MISSING, str(error))
     return Row(title, found.state, found.words)
+
+
+def _first(error: ForbiddenError) -> str:
+    """Return what is forbidden, without the Role that would allow it."""
+    return str(error).partition(". Whoever")[0].partition("\n")[0].rstrip(".")
 
 
 def _cluster(client: Client, _settings: ClusterSettings) -> Row:
@@ -101,13 +110,22 @@ def _cluster(client: Client, _settings: ClusterSettings) -> Row:
 
 
 def _access(client: Client, settings: ClusterSettings) -> Row:
-    access.check(client, settings)
-    count = len(access.needed(settings, outside=not client.in_cluster))
-    return Row("", OK, f"all {count} rules of the Role are granted in {client.namespace}")
+    wanted = access.needed(settings, outside=not client.in_cluster)
+    try:
+        access.check(client, settings)
+    except ForbiddenError as error:
+        if settings.namespace and access.missing(client, wanted) == wanted:
+            place = f"engines.{settings.name}.namespace is {settings.namespace!r}"
+            raise ForbiddenError(f"{place}, where you may do nothing: is it spelt right? If it is: {error}") from error
+        raise
+    return Row("", OK, f"all {len(wanted)} rules of the Role are granted in {client.namespace}")
 
 
 def _push(_client: Any, settings: ClusterSettings) -> Row:
-    to = repository(settings, "nbdeploy-check")
+    try:
+        to = repository(settings, "nbdeploy-check")
+    except UsageError as error:
+        raise ConfigError(f"engines.{settings.name}.registry is {settings.registry!r}: {error}") from error
     with contextlib.closing(Registry(to.host)) as registry:
         digest = f"sha256:{hashlib.sha256(_PROBE).hexdigest()}"
         registry.upload(to.repository, digest, len(_PROBE), lambda: iter((_PROBE,)))
@@ -116,20 +134,31 @@ def _push(_client: Any, settings: ClusterSettings) -> Row:
 
 def _base(_client: Any, settings: ClusterSettings) -> Row:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = settings.base_image or default_base(python)
     with contextlib.ExitStack() as stack:
-        name = settings.base_image or default_base(python)
-        found = base_of(
-            name,
-            settings.platform,
-            lambda host: stack.enter_context(contextlib.closing(Registry(host))),
-            python=python,
-        )
+        try:
+            found = base_of(
+                name,
+                settings.platform,
+                lambda host: stack.enter_context(contextlib.closing(Registry(host))),
+                python=python,
+            )
+        except RegistryError as error:
+            if settings.base_image:
+                raise
+            raise RegistryError(
+                f"{name} cannot be had: {str(error).rstrip('.')}. Another is named by base_image in "
+                f"[engines.{settings.name}], for example a copy in your own registry"
+            ) from error
     size = sum(layer.size for layer in found.layers) / 1e6
     return Row("", OK, f"{name} for {settings.platform}, Python {python}, {size:.0f} MB")
 
 
 def _pull(client: Client, settings: ClusterSettings) -> Row:
-    host = repository(settings, "x").host
+    try:
+        host = repository(settings, "x").host
+    except NbdeployError:
+        return Row("", NOTE, "unknown until there is a registry to push to")
     name = settings.image_pull_secret
     if not name:
         return Row("", NOTE, f"nodes pull from {host} without a password; else set image_pull_secret in the settings")
@@ -256,7 +285,7 @@ def _quota(client: Client, _settings: ClusterSettings) -> Row:
 def _network(client: Client, settings: ClusterSettings) -> Row:
     if not client.in_cluster:
         proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-        return Row("", NOTE, f"outside the cluster{f', HTTPS_PROXY is {proxy}' if proxy else ''}")
+        return Row("", NOTE, f"outside the cluster{f', HTTPS_PROXY is {without_login(proxy)}' if proxy else ''}")
     names = ["kubernetes.default.svc"]
     with contextlib.suppress(NbdeployError):
         names.append(repository(settings, "x").host.partition(":")[0])

@@ -32,7 +32,9 @@ from nbdeploy.engines.kubernetes.refusals import (
 )
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.engines.kubernetes.streaming import Stream
+from nbdeploy.engines.kubernetes.workload import MANAGER
 from nbdeploy.errors import EngineError
+from nbdeploy.oci.transport import without_login
 
 __all__ = [
     "KINDS",
@@ -45,7 +47,6 @@ __all__ = [
     "UnavailableError",
 ]
 
-MANAGER = "nbdeploy"  # of server-side apply
 CONTAINER = "server"  # of our pods
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0
@@ -64,6 +65,7 @@ class _Caller:
     def __init__(self, connection: Connection) -> None:
         self.server = connection.server
         self.requests = 0
+        self.closed = False
         self.warnings: list[str] = []
         self._connection = connection
         self._lock = threading.Lock()
@@ -176,6 +178,7 @@ class _Caller:
 
     def close(self) -> None:
         """End all connections, those that other threads read from as well."""
+        self.closed = True
         with self._lock:
             pool, self._pool = self._pool, None
         for stream in list(self._streams):
@@ -224,7 +227,7 @@ class _Caller:
 
     def _unreachable(self, error: Exception) -> str:
         configuration = self._connection.configuration
-        proxy = str(configuration.proxy or "")
+        proxy = without_login(str(configuration.proxy or ""))
         return unreachable(error, self.server, proxy=proxy, in_cluster=self._connection.in_cluster)
 
 
@@ -252,6 +255,7 @@ class Client(_Caller):
         server: URL of the API server.
         context: of the kubeconfig, "" in a pod.
         requests: how many requests were sent.
+        closed: nobody goes on reading through it.
         warnings: what the API server warned of (Pod Security, deprecated fields), each once.
     """
 

@@ -12,6 +12,7 @@ import os
 import ssl
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,6 +111,9 @@ async def fetch(engine: str, context: str | None) -> Access:
 def _fetch(engine: str, context: str | None) -> Access:
     reading, writing = os.pipe()
     with os.fdopen(reading, encoding="utf-8") as pipe:
+        told: list[str] = []
+        # read while it runs: certificates may be more than a pipe holds
+        reader = threading.Thread(target=lambda: told.append(pipe.read()), name="nbdeploy-login", daemon=True)
         try:
             process = launch(
                 "nbdeploy.engines.kubernetes.credentials:main",
@@ -122,10 +126,14 @@ def _fetch(engine: str, context: str | None) -> Access:
             )
         finally:
             os.close(writing)
-        if not ends_within(process, READ_TIMEOUT):
+        reader.start()
+        ended = ends_within(process, READ_TIMEOUT)
+        if not ended:
             process.kill()
+        reader.join(1.0)
+        if not ended:
             raise CredentialsError(f"logging in took more than {READ_TIMEOUT:.0f} s")
-        answer = json.loads(pipe.read() or '{"error": "the process that reads the kubeconfig died"}')
+        answer = json.loads("".join(told) or '{"error": "the process that reads the kubeconfig died"}')
     if "error" in answer:
         raise CredentialsError(answer["error"])
     return Access(**answer)

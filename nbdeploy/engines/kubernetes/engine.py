@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from nbdeploy.engines.kubernetes.record import Summary
 from nbdeploy.engines.kubernetes.rollout import PATIENCE
 from nbdeploy.engines.kubernetes.settings import PLATFORMS, ClusterSettings
 from nbdeploy.engines.kubernetes.workload import MANAGER, PROBES_PORT, object_name
+from nbdeploy.engines.loopback import bound
 from nbdeploy.errors import EndpointNotFoundError, EngineError, UsageError
 from nbdeploy.spec import Phase, Revision, Status, Target, check_name, label
 
@@ -71,6 +73,9 @@ class KubernetesEngine:
 
     @functools.cached_property
     def _client(self) -> Client:
+        return self._connected()
+
+    def _connected(self) -> Client:
         return Client.connect(self._settings, self._home / "clusters" / self.name)
 
     # -- the protocol -------------------------------------------------------------------------------------------
@@ -131,7 +136,9 @@ class KubernetesEngine:
     def logs(self, name: str, *, follow: bool) -> Iterator[str]:
         """Yield what the pods printed, each line after its pod's name."""
         self._existing(name)
-        return lines(self._client, label_selector(name), object_name(name), follow=follow)
+        # One that goes on has connections of its own, so that they can be ended when nobody reads on.
+        client = self._connected() if follow else self._client
+        return lines(client, label_selector(name), object_name(name), follow=follow)
 
     def list(self) -> list[Status]:
         """Return every Endpoint of the namespace, by two requests however many there are."""
@@ -156,20 +163,24 @@ class KubernetesEngine:
 
     def delete(self, name: str) -> None:
         """Remove the Endpoint; returns once a listing of every kind is empty."""
-        secrets = {f"{object_name(name)}-key"}
+        kept_secrets, longest = {f"{object_name(name)}-key"}, 0.0
         with contextlib.suppress(record.UnreadableError):  # such a record is deleted as well
             self._existing(name)
-            secrets |= read_root(self._client, name).record.secrets_objects()
+            known = read_root(self._client, name).record
+            kept_secrets |= known.secrets_objects()
+            longest = max((row.revision.serving.timeout for row in known.kept), default=0.0)
         self._client.delete("ConfigMap", object_name(name))
         self._forwarders.forget(name)
-        limit = time.monotonic() + GONE_SECONDS
-        while left := self._left(name, secrets):
+        patience, pause = GONE_SECONDS + longest, 0.2
+        limit = time.monotonic() + patience
+        while left := self._left(name, kept_secrets):
             if time.monotonic() > limit:
                 raise EngineError(
-                    f"{name} is deleted, but after {GONE_SECONDS:.0f} s there is still {', '.join(left[:5])}. "
+                    f"{name} is deleted, but after {patience:.0f} s there is still {', '.join(left[:5])}. "
                     "`kubectl describe` of it tells what holds it."
                 )
-            time.sleep(0.2)
+            time.sleep(pause)
+            pause = min(2.0, pause * 1.3)
 
     # -- optional protocols -------------------------------------------------------------------------------------
 
@@ -177,6 +188,9 @@ class KubernetesEngine:
         """Refuse what cannot work before anything is captured: settings, rights, numbers."""
         repository(self._settings, revision.name)
         self._check_numbers(revision)
+        port, url = revision.serving.port, self._url(revision.name)
+        if port and not self._direct(revision.name) and not url.endswith(f":{port}"):
+            bound(port).close()  # taken is told now, not after a roll-out
         access.check(self._client, self._settings)
 
     def key(self, name: str) -> str:
@@ -205,8 +219,8 @@ class KubernetesEngine:
         summary = self._existing(name)
         if summary.stopped:
             return self._url(name)
-        revisions = read_root(self._client, name).record.revisions()
-        port = revisions[-1].serving.port if revisions else 0
+        current = read_root(self._client, name).record.current
+        port = current.revision.serving.port if current else 0
         return self._forwarders.ensure(name, self._client.namespace, port=port)
 
     def remains(self, name: str) -> builtins.list[str]:
@@ -242,7 +256,10 @@ class KubernetesEngine:
             self._forwarders.forget(name)
 
     def _not_found(self, name: str) -> EndpointNotFoundError:
-        names = [record.read_summary(root).name for root in self._client.list("ConfigMap", _ALL, metadata_only=True)]
+        names = []
+        for root in self._client.list("ConfigMap", _ALL, metadata_only=True):
+            with contextlib.suppress(record.UnreadableError):  # another one's; its own status tells of it
+                names.append(record.read_summary(root).name)
         near = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean {near[0]!r}?" if near else " `nbdeploy ls` lists those there are."
         return EndpointNotFoundError(
@@ -266,7 +283,7 @@ class KubernetesEngine:
         events = [one for one in self._client.list("Event") if one.get("involvedObject", {}).get("uid") in known]
         return Snapshot(deployment, replicasets, pods, tuple(events))
 
-    def _left(self, name: str, secrets: set[str]) -> builtins.list[str]:
+    def _left(self, name: str, kept_secrets: set[str]) -> builtins.list[str]:
         """Name what is still there of an Endpoint."""
         kinds = list(_LISTED)
         kinds += ["HTTPRoute"] if self._settings.gateway else ["Ingress"] if self._settings.ingress_class else []
@@ -276,7 +293,7 @@ class KubernetesEngine:
                 f"{KINDS[kind].kind} {one['metadata']['name']}"
                 for one in self._client.list(kind, label_selector(name), metadata_only=True, fresh=True)
             ]
-        found += [f"Secret {one}" for one in sorted(secrets) if self._client.get("Secret", one) is not None]
+        found += [f"Secret {one}" for one in sorted(kept_secrets) if self._client.get("Secret", one) is not None]
         return found
 
     def _key_path(self, summary: Summary) -> str:
@@ -294,10 +311,10 @@ class KubernetesEngine:
         folder = self._home / "clusters" / self.name / name
         for one in (folder.parent.parent, folder.parent, folder):
             one.mkdir(mode=0o700, exist_ok=True)
-        path = folder / "key"
-        path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        partial = folder / f".key.{secrets.token_hex(4)}"
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
             file.write(key)
+        partial.replace(folder / "key")
 
 
 def _ready(pod: dict[str, Any]) -> bool:

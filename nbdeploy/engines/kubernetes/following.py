@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -18,7 +19,7 @@ def lines(client: Client, selector: str, root: str, *, follow: bool) -> Iterator
     """Yield lines as "POD LINE", oldest first; with `follow`, as they come, until the Endpoint is gone.
 
     Args:
-        client: of the namespace.
+        client: of the namespace; one that follows is closed at the end.
         selector: of the Endpoint's pods.
         root: name of its root ConfigMap; once that is gone, following ends.
         follow: go on.
@@ -41,25 +42,35 @@ def _follow(client: Client, selector: str, root: str) -> Iterator[str]:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     readers: dict[str, threading.Thread] = {}
     looked = 0.0
-    while True:
-        if time.monotonic() - looked > LOOK_SECONDS:
-            looked = time.monotonic()
-            found = client.get("ConfigMap", root)
-            if found is None or found["metadata"].get("deletionTimestamp"):
-                break
-            for pod in client.list("Pod", selector, fresh=True):
-                name = pod["metadata"]["name"]
-                if name not in readers and pod.get("status", {}).get("phase") != "Pending":
-                    readers[name] = threading.Thread(target=_read, args=(client, name, told), daemon=True)
-                    readers[name].start()
-        try:
-            yield told.get(timeout=0.2)
-        except queue.Empty:
-            continue
-    for reader in readers.values():
-        reader.join(1.0)
-    while not told.empty():
-        yield told.get()
+    try:
+        while True:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                found = client.get("ConfigMap", root)
+                if found is None or found["metadata"].get("deletionTimestamp"):
+                    break
+                _start_readers(client, selector, readers, told)
+            with contextlib.suppress(queue.Empty):
+                yield told.get(timeout=0.2)
+        for reader in readers.values():
+            reader.join(1.0)
+        while not told.empty():
+            yield told.get()
+    finally:
+        client.close()  # ends what the readers still read
+
+
+def _start_readers(
+    client: Client, selector: str, readers: dict[str, threading.Thread], told: queue.SimpleQueue[str]
+) -> None:
+    """Read from pods that were not there before."""
+    for pod in client.list("Pod", selector, fresh=True):
+        name = pod["metadata"]["name"]
+        if name not in readers and pod.get("status", {}).get("phase") != "Pending":
+            readers[name] = threading.Thread(
+                target=_read, args=(client, name, told), name=f"nbdeploy-log-{name}", daemon=True
+            )
+            readers[name].start()
 
 
 def _read(client: Client, pod: str, told: queue.SimpleQueue[str]) -> None:

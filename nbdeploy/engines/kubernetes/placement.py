@@ -126,7 +126,13 @@ def unplaced(case: Case) -> Finding | None:
         return case.found("unschedulable", words, fatal=False)
     why = "; ".join(_reasons(case, message)) or sentence(message)
     more = " The cluster's autoscaler adds no node for it." if case.event("NotTriggerScaleUp") else ""
-    words = f"No node takes a Replica of {case.name}: {why}.{more} It waits for room; ask for less, or for such a node."
+    next_step = "It waits for room; ask for less, or for such a node."
+    if "not as asked for (--gpu-type" in why:
+        next_step = (
+            "It waits for such a node, nbdeploy cancel ends that; kubectl get nodes -L nvidia.com/gpu.product lists "
+            "the types there are."
+        )
+    words = f"No node takes a Replica of {case.name}: {why}.{more} {next_step}"
     return case.found("no-gpu" if gpus else "unschedulable", words, fatal=False)
 
 
@@ -177,4 +183,4 @@ def _wants(spec: Mapping[str, Any]) -> str:
     )
     for term in (affinity or {}).get("nodeSelectorTerms", [])[:1]:
         parts += [f"--gpu-type {row['values'][0]}" for row in term.get("matchExpressions", []) if row.get("values")]
-    return ", ".join(parts) or "labels"
+    return ", ".join(dict.fromkeys(parts)) or "labels"

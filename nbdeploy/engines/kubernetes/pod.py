@@ -79,7 +79,9 @@ def _container(workload: Workload) -> dict[str, Any]:
         "resources": _resources(workload),
         # Each second while it starts, so that a Replica is used as soon as it can be.
         "startupProbe": _probe("/readyz", 1, _STARTUP, 2),
-        "readinessProbe": _probe("/readyz", 5, 2, 2),
+        # A Replica that is only busy (a predict that holds the GIL, a node without a spare core) must stay in the
+        # Service: without another one its callers would be refused. One that ends leaves it without this probe.
+        "readinessProbe": _probe("/readyz", 5, 6, 5),
         "livenessProbe": _probe("/livez", 20, 3, 5),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # the reason comes with the pod: no right on logs needed
         "securityContext": {

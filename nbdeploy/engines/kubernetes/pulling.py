@@ -130,10 +130,11 @@ def _secret_hint(case: Case) -> str:
 
 def _unconfigured(case: Case, message: str) -> Finding:
     if match := re.search(r'(secret|configmap) "([^"]+)" not found', message):
+        place = case.pod["metadata"].get("namespace", "")
         words = (
             f"The {'Secret' if match[1] == 'secret' else 'ConfigMap'} {match[2]} that Replicas of {case.name} take "
-            "values from is not in the namespace. If it is yours (--secret NAME=SECRET/KEY), make it; else deploy "
-            "again."
+            f"values from is not in the namespace {place}. If it is yours (--secret NAME=SECRET/KEY), make it: kubectl "
+            f"-n {place} create secret generic {match[2]} --from-literal=KEY=…; else deploy again."
         )
         return case.found("secret-missing", words, fatal=True)
     if match := re.search(r"couldn't find key (\S+) in (Secret|ConfigMap) (?:[^/\s]+/)?(\S+)", message):

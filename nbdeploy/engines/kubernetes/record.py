@@ -41,6 +41,7 @@ class Kept:
         secrets_object: Secret with the values of its secrets; "" where it has none.
         foreign_secrets: variable → (Secret, key) for values that others keep in the namespace.
         variables: passed by value.
+        callers: namespaces besides its own whose pods may call.
     """
 
     revision: Revision
@@ -52,6 +53,7 @@ class Kept:
     secrets_object: str = ""
     foreign_secrets: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    callers: tuple[str, ...] = ()
 
     def same_replicas(self, other: Kept) -> bool:
         """Whether going from one to the other needs no new Replica."""
@@ -97,19 +99,25 @@ class Record:
         return self.find(self.serving) or (self.kept[-1] if self.kept else None)
 
     def revisions(self) -> list[Revision]:
-        """Return the Revisions that came to serve (or were a stop), oldest first; before the first one, all."""
-        return [row.revision for row in self.kept if row.revision.number <= self.serving or not self.serving]
+        """Return the Revisions that came to serve (or were a stop), oldest first."""
+        return [row.revision for row in self.kept if row.revision.number <= self.serving]
 
     def with_revision(self, kept: Kept) -> Record:
-        """Return the record with a Revision under way; it keeps the template of the serving one where it can."""
+        """Return the record with a Revision under way; it keeps the template of the serving one where it can.
+
+        Another one under way gives way: its deploy was killed, or hears of it.
+        """
         serving = self.find(self.serving)
         number = kept.revision.number
         if serving and serving.same_replicas(kept):
             # Sizes come from measurements, which differ a little each time: they are kept with the Replicas.
-            kept = dataclasses.replace(serving, revision=kept.revision)
+            kept = dataclasses.replace(serving, revision=kept.revision, callers=kept.callers)
         else:
             kept = dataclasses.replace(kept, template=number)
-        rows = (*(row for row in self.kept if row.revision.number != number), kept)
+        rows = (
+            *(row for row in self.kept if row.revision.number <= self.serving and row.revision.number != number),
+            kept,
+        )
         return dataclasses.replace(
             self,
             owner=kept.revision.owner,
@@ -211,7 +219,8 @@ def read_summary(configmap: Mapping[str, Any]) -> Summary:
 
 def _kept(row: dict[str, Any]) -> Kept:
     foreign = {name: (secret, key) for name, (secret, key) in row["foreign_secrets"].items()}
-    return Kept(**{**row, "revision": Revision.from_json(row["revision"]), "foreign_secrets": foreign})
+    more = {"foreign_secrets": foreign, "callers": tuple(row.get("callers", ()))}
+    return Kept(**{**row, **more, "revision": Revision.from_json(row["revision"])})
 
 
 def _where(configmap: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from nbdeploy.engines.kubernetes.diagnosis import Finding, Snapshot, complete, diagnose, newest_pods
 from nbdeploy.errors import EngineError
 
-PATIENCE = 300.0  # seconds without a fitting node and without a node being added, before a roll-out is given up
+PATIENCE = 300.0  # seconds on end without a fitting node and without one being added, until a roll-out is given up
 _TRACEBACK = "Traceback (most recent call last):"
 _SHOWN = 8  # lines of a Replica that did not come up
 _PRINTS = {"crash", "killed", "module", "versions", "native", "oom", "cuda-memory", "startup"}
@@ -39,12 +39,14 @@ def follow(
         EngineError: in the words of the diagnosis, at once where waiting cannot help.
     """
     began = time.monotonic()
-    words, finding = "", None
+    words, finding, waits_since = "", None, 0.0
     for snapshot in snapshots:
         if complete(snapshot):
             return
         finding = diagnose(snapshot, now=time.time(), weights=weights)
-        if finding is not None and (finding.fatal or _too_long(finding, began, patience)):
+        waits_since = (waits_since or time.monotonic()) if finding and finding.row in _WAITS_FOR_NODE else 0.0
+        waits = time.monotonic() - waits_since if waits_since else 0.0
+        if finding is not None and (finding.fatal or waits > patience):
             raise EngineError(finding.words + _printed(finding, last_lines))
         told = finding.words if finding is not None else progress(snapshot)
         if told != words:
@@ -61,10 +63,6 @@ def _printed(finding: Finding, last_lines: Callable[[str], list[str]]) -> str:
         lines = lines[: lines.index(_TRACEBACK)]
     new = [line for line in lines if line.strip() and line.strip() not in finding.words][-_SHOWN:]
     return "".join(["\nIt last printed:", *(f"\n    {line}" for line in new)]) if new else ""
-
-
-def _too_long(finding: Finding, began: float, patience: float) -> bool:
-    return finding.row in _WAITS_FOR_NODE and time.monotonic() - began > patience
 
 
 def progress(snapshot: Snapshot) -> str:

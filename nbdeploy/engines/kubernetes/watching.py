@@ -223,7 +223,7 @@ def log_lines(
                     last = max(last, _exact(when))
             finally:
                 stream.stop()
-        if not follow or _over(client, pod):
+        if not follow or client.closed or _over(client, pod):
             return
         resumed = last
         query |= {"sinceTime": last[:19] + "Z", "tailLines": ""} if last else {}
