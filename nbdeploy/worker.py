@@ -51,14 +51,18 @@ def main(argument: dict[str, Any]) -> None:
         card = Work(job, journal).run()
         signal.signal(signal.SIGTERM, _too_late)  # it serves, and was proved
         journal.write("job", "done", card=card)
-    except CancelledError:
-        journal.write("job", "cancelled", "The deploy was cancelled.", error="CancelledError")
     except NbdeployError as error:
-        journal.write("job", "failed", str(error), error=type(error).__name__)
+        if _Cancel.asked:  # whatever the interrupted code made of it
+            journal.write("job", "cancelled", "The deploy was cancelled.", error="CancelledError")
+        else:
+            journal.write("job", "failed", str(error), error=type(error).__name__)
     except Exception as error:  # noqa: BLE001 - a fault of nbdeploy itself: the cell must hear of it all the same
         import traceback
 
         traceback.print_exc()
+        if _Cancel.asked:
+            journal.write("job", "cancelled", "The deploy was cancelled.", error="CancelledError")
+            return
         words = f"nbdeploy failed: {type(error).__name__}: {error}. The traceback is in {job.folder / 'worker.log'}."
         journal.write("job", "failed", words, error="DeployError")
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from nbdeploy.engines.kubernetes import watching
 from nbdeploy.engines.kubernetes.client import ChangedError, Client, ConflictError, ForbiddenError
 from nbdeploy.engines.kubernetes.diagnosis import Snapshot
 from nbdeploy.engines.kubernetes.kinds import KINDS, path_of
@@ -266,23 +264,6 @@ def test_watch_sees_deletes_and_ends(client: Client, cluster: Cluster) -> None:
     last = list(client.watch(SELECTOR, seconds=8.0))[-1]
     assert time.monotonic() - began >= 8.0
     assert (last.deployment, last.replicasets, last.pods) == (None, (), ())
-
-
-def test_watch_outlives_an_old_version(client: Client) -> None:
-    """A version that the server has forgotten ends a watch with 410: the objects are listed again."""
-    told: queue.Queue[Any] = queue.Queue()
-    follower = watching._Follower(client, KINDS["ConfigMap"], SELECTOR, told)
-    follower._list()
-    assert not follower._watch("1")
-    client.apply(config_map("a"))
-    follower.start()
-    told.get(timeout=10.0)
-    listed = told.get(timeout=10.0)
-    assert listed.all
-    assert [one["metadata"]["name"] for one in listed.objects] == ["a"]
-    follower.stop()
-    follower.join(10.0)
-    assert not follower.is_alive()
 
 
 def test_watch_without_right(client: Client, namespace: Namespace) -> None:
