@@ -59,34 +59,16 @@ def _echo_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
-def _state(status: Any, engine: str) -> dict[str, Any]:
-    """Return what `status --json` prints: what the Engine knows, and the Job under way."""
-    from nbdeploy.config import home
-    from nbdeploy.jobs import running_job
-    from nbdeploy.spec import Phase
-
-    job = running_job(home(), status.name, engine)
-    events = job.events() if job is not None else []
-    worker = job.worker() if job is not None else None
-    row = status.to_json()
-    row["job"] = None
-    if job is not None:
-        if row["phase"] == Phase.PENDING and row["revision"] == 0:
-            # The engine cannot know that it is under way here: it would say "or was ended half-way".
-            row["reason"] = events[-1].detail if events else ""
-        row["job"] = {"id": job.id, "step": events[-1].step if events else "", "pid": worker.pid if worker else 0}
-    return dict(row)
-
-
 @main.command("ls")
 @_ENGINE
 @_JSON
 def list_endpoints(engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """List Endpoints."""
-    from nbdeploy.endpoint import survey
+    from nbdeploy import states
+    from nbdeploy.survey import survey
 
     found, silent = survey(engine)
-    rows = [_state(status, name) for name, status in found]
+    rows = [states.row(status, name) for name, status in found]
     if as_json:
         _echo_json(rows)
     elif rows:
@@ -138,14 +120,16 @@ def _table(rows: list[dict[str, Any]]) -> None:
 @_JSON
 def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """Show one Endpoint: phase, reason, Replicas, URL, and the deploy under way."""
+    from nbdeploy import states
     from nbdeploy.errors import EndpointNotFoundError
+    from nbdeploy.survey import find
 
     only_a_job = False
     try:
-        endpoint = _endpoint(name, engine)
-        row = _state(endpoint.status(), endpoint.engine)
+        where, known = find(name, engine)
+        row = states.row(known, where)
     except EndpointNotFoundError:
-        found = _only_a_job(name, engine)
+        found = states.of_job(name, engine)
         if found is None:
             raise
         row, only_a_job = found, True
@@ -175,40 +159,13 @@ def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT00
             click.echo(f"  {title:10} {value}")
 
 
-def _only_a_job(name: str, engine: str | None) -> dict[str, Any] | None:
-    """Return the state of an Endpoint whose first deploy has not come as far as its engine."""
-    from nbdeploy.config import home
-    from nbdeploy.jobs import all_jobs
-    from nbdeploy.spec import Phase, Status
-
-    for job in all_jobs(home()):
-        spec = job.spec
-        if spec["name"] != name or engine not in {None, spec["engine"]}:
-            continue
-        events = job.events()
-        last = events[-1] if events else None
-        failed = not job.running()
-        if last is None or (last.ends and last.state == "done"):
-            return None
-        found = Status(
-            name=name,
-            engine=spec["engine"],
-            phase=Phase.FAILED if failed else Phase.PENDING,
-            reason=last.detail or ("the deploy ended without a word" if failed else f"{last.step} …"),
-            owner=spec["owner"],
-            notebook=spec["notebook"],
-        )
-        return _state(found, spec["engine"])
-    return None
-
-
 @main.command()
 @_NAME
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines come.")
 @_ENGINE
 def logs(name: str, follow: bool, engine: str | None) -> None:  # noqa: FBT001 - click passes flags by name
     """Print what the Replicas printed."""
-    from nbdeploy.endpoint import engine_named
+    from nbdeploy.survey import engine_named
 
     endpoint = _endpoint(name, engine)
     for line in engine_named(endpoint.engine).logs(name, follow=follow):
@@ -303,9 +260,15 @@ def history(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT0
 @click.argument("revision", type=int, required=False)
 @_ENGINE
 def rollback(name: str, revision: int | None, engine: str | None) -> None:
-    """Serve an earlier REVISION again; default: the one before."""
-    found = _endpoint(name, engine).rollback(revision)
-    click.echo(f"{name} serves revision {found.revision}, made of an earlier one, at {found.url}")
+    """Serve an earlier REVISION again; default: the newest with other code or settings."""
+    from nbdeploy import changes
+
+    endpoint = _endpoint(name, engine)
+    before = endpoint.history()
+    found = endpoint.rollback(revision)
+    after = endpoint.history()[-1]
+    brought = changes.told(before[-1], after) or "no change"
+    click.echo(f"{name} serves revision {found.revision}, made of an earlier one ({brought}), at {found.url}")
 
 
 @main.command()
@@ -374,8 +337,8 @@ def _deployed_or_under_way(name: str, engine: str | None) -> Any:
 @_ENGINE
 def key(name: str, engine: str | None) -> None:
     """Print the key of an Endpoint."""
-    from nbdeploy.endpoint import engine_named
     from nbdeploy.engines.base import HasKey
+    from nbdeploy.survey import engine_named
 
     endpoint = _endpoint(name, engine)
     found = engine_named(endpoint.engine)

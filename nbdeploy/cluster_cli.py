@@ -23,16 +23,19 @@ def cluster() -> None:
 def check(engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """Check all that a deploy to the cluster needs: access, registry, base image, GPUs, quota.
 
-    A few bytes go to the registry; in the cluster nothing is made. Exit status 1 where something needed is missing.
+    An upload is begun in the registry and taken back; in the cluster nothing is made. Exit status 1 where something
+    needed is missing.
     """
-    from nbdeploy.config import home, settings
+    from nbdeploy.config import settings
     from nbdeploy.engines.kubernetes.checking import rows
     from nbdeploy.engines.kubernetes.settings import ClusterSettings
 
     known = settings()
     name = _chosen(engine, known.default_engine, {key: one.kind for key, one in known.engines.items()})
+    with known.located(name):
+        asked = ClusterSettings(**known.engine(name).arguments(name))
     found = []
-    for row in rows(ClusterSettings(**known.engine(name).arguments(name)), home() / "clusters"):
+    for row in rows(asked):
         found.append(row)
         if not as_json:
             click.echo(f"{_MARKS[row.state]} {row.check:13} {row.words}".rstrip())
@@ -52,7 +55,9 @@ def _chosen(engine: str | None, default: str, kinds: dict[str, str]) -> str:
     if default in clusters:
         return default
     if len(clusters) > 1:
-        raise ConfigError(f"Which cluster? {_listed(clusters)} Say one with --engine.")
+        raise ConfigError(
+            f"Which cluster? {_listed(clusters)} Say one with --engine NAME, or with default_engine in the settings."
+        )
     return clusters[0] if clusters else "kubernetes"
 
 

@@ -7,6 +7,7 @@ keys that it names and leaves the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from nbdeploy.errors import ConfigError, StoreError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 KINDS = ("kubernetes", "local")  # the engines of this package; others come as entry points
 HOME_FOLDERS = ("store", "jobs", "endpoints")
@@ -84,12 +85,37 @@ class Settings:
         engines: engines by name; "local" is always among them.
         cost: price of one GPU-hour by type of GPU, in the user's currency.
         revisions_kept: how many Revisions of an Endpoint stay for a rollback, at least 1.
+        origins: setting, or "engines.NAME" → the file or variable that set it last, for words.
     """
 
     default_engine: str = "local"
     engines: Mapping[str, EngineSettings] = field(default_factory=lambda: {"local": EngineSettings("local")})
     cost: Mapping[str, float] = field(default_factory=dict)
     revisions_kept: int = 10
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def where(self, engine: str) -> str:
+        """Return the file that the settings of an engine are in, or would be."""
+        return self.origins.get(f"engines.{engine}") or str(_user_file())
+
+    @contextlib.contextmanager
+    def located(self, engine: str) -> Iterator[None]:
+        """Add to a ConfigError about an engine the file in which to mend it."""
+        try:
+            yield
+        except ConfigError as error:
+            words = str(error).rstrip()
+            if any(file in words for file in {*self.origins.values(), self.where(engine)}):  # it names the very file
+                raise
+            words += "" if words.endswith(".") else "."
+            if f"engines.{engine}" in self.origins:
+                raise ConfigError(f"{words} The settings of {engine} are in {self.where(engine)}.") from None
+            words += f" The settings of {engine} belong into {self.where(engine)}."
+            kind = self.engine(engine).kind
+            alike = sorted(name for name, one in self.engines.items() if one.kind == kind and name != engine)
+            if alike:
+                words += f" There are settings for {' and '.join(alike)}: --engine {alike[0]}"
+            raise ConfigError(words) from None
 
     def engine(self, name: str | None = None) -> EngineSettings:
         """Return the engine of this name: one of the settings, or a kind without settings. None is the default engine.
@@ -101,7 +127,12 @@ class Settings:
             return self.engines[wanted]
         if _is_kind(wanted):
             return EngineSettings(wanted)
-        raise UsageError(f"There is no engine {wanted!r}: {_allowed(wanted, {*self.engines, *_kinds()})}")
+        allowed = _allowed(wanted, {*self.engines, *_kinds()})
+        raise UsageError(
+            f"There is no engine {wanted!r}: {allowed}. Choose one with --engine NAME (in Python engine=…), or with "
+            f"default_engine in nbdeploy.toml beside the notebook. A new one is a table [engines.{wanted}] with "
+            f'kind = "kubernetes" in {self.where(wanted)}.'
+        )
 
 
 def settings(notebook_folder: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -117,6 +148,7 @@ def settings(notebook_folder: Path | None = None, environ: Mapping[str, str] = o
             origins[key] = source
             if key == "engines":
                 origins.update({f"engines.{name}": source for name in value})
+                origins.update({f"engines.{name}.{key}": source for name, table in value.items() for key in table})
                 engines = values.setdefault("engines", {})
                 engines.update({name: {**engines.get(name, {}), **table} for name, table in value.items()})
             elif key == "cost":
@@ -125,7 +157,7 @@ def settings(notebook_folder: Path | None = None, environ: Mapping[str, str] = o
                 values[key] = value
     tables = {"local": {}, **values.pop("engines", {})}
     engines = {name: _engine(origins.get(f"engines.{name}", ""), name, table) for name, table in tables.items()}
-    made = Settings(**values, engines=engines)
+    made = Settings(**values, engines=engines, origins=origins)
     try:
         made.engine()
     except UsageError as error:
@@ -175,11 +207,15 @@ def _private_folder(path: Path) -> None:
         raise StoreError(f"the folder {path} cannot be written; make it writable (chmod u+rwx), or {hint}")
 
 
-def _sources(notebook_folder: Path | None, environ: Mapping[str, str]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield each source's name and table, the weakest first."""
+def _user_file() -> Path:
     import platformdirs
 
-    user = platformdirs.user_config_path("nbdeploy", appauthor=False) / "config.toml"
+    return platformdirs.user_config_path("nbdeploy", appauthor=False) / "config.toml"
+
+
+def _sources(notebook_folder: Path | None, environ: Mapping[str, str]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield each source's name and table, the weakest first."""
+    user = _user_file()
     if (table := _read(user)) is not None:
         yield str(user), table
     if notebook_folder is not None:

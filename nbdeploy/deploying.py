@@ -19,12 +19,13 @@ from nbdeploy.capture.arguments import MISSING, name_of
 from nbdeploy.capture.taking import secret_environment
 from nbdeploy.config import EngineSettings, Settings, home, settings
 from nbdeploy.endpoint import Endpoint
-from nbdeploy.engines.base import HasCheck, HasTarget, check_owner, get_engine
+from nbdeploy.engines.base import HasCheck, HasTarget, check_owner
 from nbdeploy.errors import DeployError, UsageError
 from nbdeploy.jobs import Event, Job, Journal, running_job
 from nbdeploy.process import kernel_path, launch, let_go
 from nbdeploy.spec import Autoscaling, Resources, Revision, Serving, check_name
 from nbdeploy.store import Store
+from nbdeploy.survey import engine_named
 
 OnEvent = Callable[[Event], None]
 
@@ -146,6 +147,13 @@ def deploy(
     _check_installed(pip)
     what = {"sample": sample, "setup": setup, "model_from": model_from, "files": files, "pass_model": pass_model}
     request = _request(objects, context, secrets, **what)
+    return _carried_out(request, options, known, on_event, wait=wait)
+
+
+def _carried_out(
+    request: capture.Request, options: _Options, known: Settings, on_event: OnEvent | None, *, wait: bool
+) -> Endpoint:
+    """Begin the Job, follow it if it is to be waited for, and return its Endpoint."""
     if on_event is None and default_watch is not None:
         on_event = default_watch(options.name, options.engine)
     try:
@@ -155,7 +163,7 @@ def deploy(
             on_event(Event(1, time.time(), "job", "failed", str(error), data={"error": type(error).__name__}))
         raise
     endpoint = Endpoint(name=options.name, engine=options.engine, url="")
-    if wait and _follow(job, options.name, on_event) and not dry_run:
+    if wait and _follow(job, options.name, on_event) and not options.dry_run:
         endpoint.status()  # learns the URL
     return endpoint
 
@@ -226,7 +234,7 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
     """Capture, write the Job, start its worker."""
     found = known.engine(options.engine)
     place = home()
-    engine = get_engine(found.kind, place, found.arguments(options.engine))
+    engine = engine_named(options.engine, known)
     revision = Revision(
         name=options.name,
         number=0,
@@ -234,7 +242,7 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         resources=options.resources,
         autoscaling=options.autoscaling,
         serving=options.serving,
-        owner=getpass.getuser(),
+        owner=_owner(),
         notebook=options.context.notebook,
         created=time.time(),
         secrets=options.secrets,
@@ -242,9 +250,10 @@ def _begin(request: capture.Request, options: _Options, known: Settings, on_even
         base_image=options.base_image,
     )
     if isinstance(engine, HasCheck):
-        engine.check(revision)
+        with known.located(options.engine):
+            engine.check(revision)
     if not options.replace and not options.dry_run:
-        check_owner(engine, options.name, getpass.getuser(), options.context.notebook)
+        check_owner(engine, options.name, _owner(), options.context.notebook)
     busy = running_job(place, options.name, options.engine)
     if busy is not None:
         raise DeployError(
@@ -360,3 +369,11 @@ def _follow(job: Job, name: str, on_event: OnEvent | None) -> bool:
 def _error(data: Mapping[str, Any]) -> type[errors.NbdeployError]:
     found = getattr(errors, str(data.get("error", "")), DeployError)
     return found if isinstance(found, type) and issubclass(found, errors.NbdeployError) else DeployError
+
+
+def _owner() -> str:
+    """Return who deploys. On JupyterHub all are `jovyan` to the operating system; in a pod a user may have no name."""
+    try:
+        return os.environ.get("JUPYTERHUB_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid-{os.getuid()}"

@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from nbdeploy import changes
 from nbdeploy.client import Client
-from nbdeploy.config import Settings, home, settings
-from nbdeploy.engines.base import Engine, HasHistory, HasKey, HasReach, HasRemains, get_engine
+from nbdeploy.config import home
+from nbdeploy.engines.base import Engine, HasHistory, HasKey, HasReach, HasRemains
 from nbdeploy.errors import EndpointNotFoundError, EngineError, NbdeployError, UsageError
-from nbdeploy.jobs import all_jobs, running_job
+from nbdeploy.jobs import all_jobs, last_job, running_job
 from nbdeploy.spec import Revision, Status
+from nbdeploy.survey import engine_named, find, survey
 
 
 class Endpoint:
@@ -206,32 +208,20 @@ class Endpoint:
 
     def scale(self, *, min_replicas: int | None = None, max_replicas: int | None = None) -> Status:
         """Change the number of Replicas; none is restarted."""
-        last = self._last()
-        before = last.autoscaling
-        least = before.min_replicas if min_replicas is None else min_replicas
-        most = before.max_replicas if max_replicas is None else max_replicas
-        if max_replicas is None and min_replicas is not None:
-            # A fixed number stays a fixed number; a range grows only as far as it must.
-            fixed = before.min_replicas == before.max_replicas
-            most = max(1, least) if fixed else max(most, least)
-        autoscaling = dataclasses.replace(before, min_replicas=least, max_replicas=most)
-        return self._apply(dataclasses.replace(last, autoscaling=autoscaling))
+        return self._apply(changes.scaled(self._last(), min_replicas, max_replicas))
 
     def rollback(self, revision: int | None = None) -> Status:
-        """Serve an earlier Revision again, by default the one before; it becomes a new Revision."""
-        history = self.history()
+        """Serve an earlier Revision again; it becomes a new Revision.
+
+        By default it is the newest with other code, model or settings, for a scale or stop is nothing to go back
+        from; or what serves, if the deploy of a later one was killed.
+        """
         current = self._last()
-        if revision is None:
-            others = [one for one in history if one.bundle != current.bundle]
-            if not others:
-                raise UsageError(f"{self._name} has no earlier Revision to go back to.")
-            target = others[-1]
+        job = last_job(home(), self._name, self._engine_name)
+        if revision is None and job is not None and job.half_way(current.number):
+            target = current  # what served before the Revision whose deploy was killed
         else:
-            found = [one for one in history if one.number == revision]
-            if not found:
-                kept = ", ".join(str(one.number) for one in history)
-                raise UsageError(f"{self._name} has no Revision {revision}; kept are {kept}.")
-            target = found[0]
+            target = changes.earlier(self.history(), revision)
         return self._apply(dataclasses.replace(target, stopped=False))
 
     def stop(self) -> Status:
@@ -281,34 +271,6 @@ def _silent(_words: str, _data: Mapping[str, Any]) -> None:
     """Take progress that nobody watches."""
 
 
-def engine_named(name: str, known: Settings | None = None) -> Engine:
-    """Return the engine of a name in the settings."""
-    found = (known or settings()).engine(name)
-    return get_engine(found.kind, home(), found.arguments(name))
-
-
-def _all_engines(engine: str | None) -> Iterator[tuple[str, Engine]]:
-    known = settings()
-    for name in [engine] if engine else known.engines:
-        try:
-            yield name, engine_named(name, known)
-        except UsageError:
-            if engine or name == "local":
-                raise  # else: the settings name an engine that this installation lacks; the others are still of use
-
-
-def survey(engine: str | None = None) -> tuple[list[tuple[str, Status]], list[tuple[str, NbdeployError]]]:
-    """Return what each engine lists, by the engine's name, and why those that did not answer did not."""
-    found: list[tuple[str, Status]] = []
-    silent: list[tuple[str, NbdeployError]] = []
-    for name, one in _all_engines(engine):
-        try:
-            found += [(name, status) for status in one.list()]
-        except EngineError as error:
-            silent.append((name, error))
-    return found, silent
-
-
 def endpoints(engine: str | None = None) -> list[Endpoint]:
     """Return the Endpoints of one engine, or of all; of an engine that does not answer it is told in a warning."""
     found, silent = survey(engine)
@@ -348,23 +310,7 @@ def connect(
         base = url.rstrip("/").removesuffix("/predict")
         key = os.environ.get("NBDEPLOY_KEY", "") if key is None else key
         return Endpoint(name="", engine="", url=base, key=key, timeout=timeout, idempotent=idempotent)
-    missing: list[NbdeployError] = []
-    found: list[tuple[str, Status]] = []
-    for engine_name, one in _all_engines(engine):
-        try:
-            found.append((engine_name, one.status(str(name))))
-        except EndpointNotFoundError as error:
-            missing.append(error)
-        except EngineError as error:
-            missing.insert(0, error)  # it may be there: that one engine is silent says more than that others lack it
-    if not found:
-        if running_job(home(), str(name), engine) is not None:
-            raise EndpointNotFoundError(f"{name} is being deployed for the first time: nbdeploy status {name}")
-        raise missing[0]
-    if len(found) > 1:
-        where = " and ".join(one for one, _ in found)
-        raise UsageError(f"{name!r} exists on {where}. Say which: connect({name!r}, engine={found[0][0]!r})")
-    engine_name, status = found[0]
+    engine_name, status = find(str(name), engine)
     return Endpoint(
         name=status.name, engine=engine_name, url=status.url, key=key or "", timeout=timeout, idempotent=idempotent
     )

@@ -34,7 +34,8 @@ KEPT = 3  # folders of each kind that stay for the next deploy
 IDLE = 3600.0  # seconds after which one that nobody used may go
 _CONTENTS = "contents.json"
 LAYERS = "layers.json"  # what `oci.packages` notes about a Site, beside its folder
-_JUNK = {"__pycache__", ".lock", _CONTENTS, LAYERS}
+BYTECODE = ".bytecode"  # what `oci.bytecode` keeps about a Site, beside its folder
+_JUNK = {"__pycache__", ".lock", _CONTENTS, LAYERS, BYTECODE}
 
 Rows = Sequence[Mapping[str, Any]]
 """The manifest's distributions, as `environment.lock` makes them."""
@@ -144,10 +145,15 @@ def site(
     return Site(folder / "site", tuple((path.removeprefix("site/"), size) for path, size, _ in listed))
 
 
+def server_files() -> dict[str, Path]:
+    """Return the modules of the server package: path below its folder → file."""
+    folder = Path(nbdeploy_server.__file__).parent
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+
+
 def server_source() -> dict[str, bytes]:
     """Return the server package's own source: path below its folder → content."""
-    folder = Path(nbdeploy_server.__file__).parent
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
+    return {name: path.read_bytes() for name, path in server_files().items()}
 
 
 # Links of uv's own settings would be taken for changed files: a symlink has another size than what it points to.

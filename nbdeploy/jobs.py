@@ -137,6 +137,26 @@ class Job:
         events = [Event.from_json(json.loads(line)) for line in lines]
         return [event for event in events if event.seq > after]
 
+    def last(self) -> Event | None:
+        """Return the newest event."""
+        events = self.events()
+        return events[-1] if events else None
+
+    def is_of(self, name: str, engine: str | None = None) -> bool:
+        """Whether it deploys this Endpoint; None stands for any engine."""
+        spec = self.spec
+        return spec["name"] == name and engine in {None, spec["engine"]}
+
+    @property
+    def revision(self) -> int:
+        """Number of the Revision that the worker has begun to bring up, 0 before it came to that."""
+        return max((event.data.get("revision", 0) for event in self.events() if event.step != "job"), default=0)
+
+    def half_way(self, serving: int) -> bool:
+        """Whether its worker was killed while it brought up a Revision later than the one that serves."""
+        last = self.last()
+        return last is not None and bool(last.data.get("killed")) and self.revision > serving
+
     def record_child(self, identity: Identity | None) -> None:
         """Remember the clean process that the worker has started; None once it is gone."""
         if identity is None:
@@ -167,7 +187,7 @@ class Job:
         self.bury("cancelled", "The deploy was cancelled.", "CancelledError")
 
     def bury(self, state: str, detail: str, error: str) -> None:
-        """Write the end that a killed worker could not write, and end what it left."""
+        """Write the end that a killed worker could not write, and end what it left; a cancel was no accident."""
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             Identity.from_json(json.loads((self.folder / "child.json").read_text(encoding="utf-8"))).end_group()
         self.record_child(None)
@@ -179,7 +199,7 @@ class Job:
                 fcntl.flock(file, fcntl.LOCK_EX)  # several may find it dead at once
             if not self.ended():
                 journal = Journal(self)
-                journal.write("job", state, detail, error=error)
+                journal.write("job", state, detail, error=error, killed=state == "failed")
                 journal.close()
 
     def bury_if_dead(self) -> None:
@@ -256,14 +276,21 @@ def all_jobs(home: Path) -> list[Job]:
 
 def running_job(home: Path, name: str, engine: str | None = None) -> Job | None:
     """Return the newest Job under way for an Endpoint, if there is one."""
+    job = last_job(home, name, engine)
+    return job if job is not None and job.running() else None
+
+
+def last_job(home: Path, name: str, engine: str | None = None) -> Job | None:
+    """Return the newest Job of an Endpoint, the one under way if there is one; one found dead has its end written."""
+    newest: Job | None = None
     for job in all_jobs(home):
-        spec = job.spec
-        if spec["name"] != name or engine not in {None, spec["engine"]}:
+        if not job.is_of(name, engine):
             continue
         if job.running():
             return job
         job.bury_if_dead()
-    return None
+        newest = newest or job
+    return newest
 
 
 def _prune(home: Path) -> None:

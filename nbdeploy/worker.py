@@ -21,7 +21,7 @@ from nbdeploy_server import parity, wire
 from nbdeploy_server.bundle import Manifest
 from nbdeploy_server.errors import BundleInvalid
 
-from nbdeploy import environment, wheels
+from nbdeploy import changes, environment, wheels
 from nbdeploy.bundle import Bundle
 from nbdeploy.client import Client
 from nbdeploy.engines.base import Engine, HasHistory, HasKey, HasTarget, check_owner, get_engine
@@ -145,7 +145,7 @@ class Work:
     def _lock(self) -> list[dict[str, Any]]:
         self._journal.write("locked", "running")
         rows = self._lock_rows(self._spec["modules"])
-        self._journal.write("locked", "done", f"{len(rows)} distributions")
+        self._journal.write("locked", "done", f"{len(rows)} packages")
         return rows
 
     def _lock_rows(self, modules: list[str]) -> list[dict[str, Any]]:
@@ -187,12 +187,15 @@ class Work:
         if verdict.error:
             raise (ParityError if verdict.state == "different" else VerificationError)(verdict.error)
         more = self._lock_rows(sorted({*self._spec["modules"], *report["modules"]} - {"nbdeploy_server"}))
+        count = len(more) - len(rows)
         if [row["name"] for row in more] != [row["name"] for row in rows]:
             earlier, self._bundle = self._bundle, self._finish_manifest(more)
             _move_stamp(self._store, earlier.digest, self._bundle.digest)
             rows[:] = more
         verdict = self._verify_installed(verdict)
-        self._journal.write("verified", "done", verdict.words)
+        # Else the number of packages told next would not be the one that the step "locked" told.
+        found = f" · imports {count} more package{'s' if count > 1 else ''}: {len(more)} locked" if count > 0 else ""
+        self._journal.write("verified", "done", f"{verdict.words}{found}")
         return verdict
 
     def _clean_run(self, bundle: Bundle, place: Place | None = None) -> dict[str, Any]:
@@ -247,17 +250,17 @@ class Work:
 
     def _start(self, earlier: list[Revision]) -> Status:
         journal = self._journal
+        number = (earlier[-1].number if earlier else 0) + 1
         if not isinstance(self._engine, HasTarget):  # else an Image is pushed first, a step of its own
-            journal.write("starting", "running", "starting a Replica")
+            journal.write("starting", "running", "starting a Replica", revision=number)
 
         def on_progress(words: str, data: Mapping[str, Any]) -> None:
             rest = {name: value for name, value in data.items() if name not in {"step", "state"}}
             state = data.get("state", "running")
-            journal.write(data.get("step", "starting"), state, words, **rest)
+            journal.write(data.get("step", "starting"), state, words, **{**rest, "revision": number})
             if state == "note":
                 self._notes.append(words)
 
-        number = (earlier[-1].number if earlier else 0) + 1
         revision = Revision.from_json({**self._spec["revision"], "bundle": self._bundle.digest, "number": number})
         self._applied = revision
         status = self._engine.apply(revision, self._bundle, on_progress)
@@ -353,7 +356,7 @@ class Work:
                 "places": list(verdict.places),
                 "note": verdict.note,
             },
-            "changed": _changed(receipt, manifest, self._manifest_before(earlier)),
+            "changed": changes.content(self._manifest_before(earlier), manifest, receipt["blobs"]),
             "request_ms": request_ms,
             "public": spec["revision"]["serving"]["public"],
             "key_command": f"nbdeploy key {spec['name']}",
@@ -397,21 +400,3 @@ def _move_stamp(store: Store, earlier: str, later: str) -> None:
     if old.exists():
         old.rename(old.with_name(f"{later.partition(':')[2]}.json"))
     shutil.rmtree(store.bundle_path(earlier).parent, ignore_errors=True)
-
-
-def _changed(receipt: Mapping[str, Any], manifest: Manifest, earlier: Manifest | None) -> str:
-    """Say what is new since the Revision before; cells and files tell of code, because pickle bytes never repeat."""
-    if earlier is None:
-        return "first revision"
-    new, count = receipt["blobs"]["new"], receipt["blobs"]["count"]
-    parts = []
-    if dict(earlier.cells) != dict(manifest.cells):
-        parts.append("code changed")
-    if earlier.files != manifest.files:
-        parts.append("files changed")
-    if [one.ref for one in earlier.blobs] != [one.ref for one in manifest.blobs]:
-        size = receipt["blobs"]["new_bytes"]
-        parts.append(f"weights changed: {new} of {count} blobs new, {size / 1e6:.1f} MB")
-    if earlier.distributions != manifest.distributions:
-        parts.append("packages changed")
-    return ", ".join(parts) or "neither code nor weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.cluster.plugin"]  # fixtures of the test cluster
 DEADLINE = 60.0  # seconds that anything may take on a busy machine
+
+
+def pytest_configure() -> None:
+    """Let tests interrupt the processes they start, also where a shell began this run in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:

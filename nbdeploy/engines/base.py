@@ -106,6 +106,16 @@ class HasHistory(Protocol):
         """Return the Revisions of an Endpoint, oldest first; the last one is what is to be."""
 
 
+def check_fixed_number(engine: str, revision: Revision) -> None:
+    """Refuse a range of Replicas, and none; raises UsageError. `engine` is its name in words."""
+    scaling = revision.autoscaling
+    if scaling.min_replicas < 1 or scaling.max_replicas > max(1, scaling.min_replicas):
+        raise UsageError(
+            f"The {engine} engine runs a fixed number of Replicas in this version: give --min and --max the same "
+            f"number, 1 or more (asked for: {scaling.min_replicas} to {scaling.max_replicas})."
+        )
+
+
 def check_owner(engine: Engine, name: str, owner: str, notebook: str) -> None:
     """Refuse to deploy over what another notebook or owner has under this name; raises OwnershipError."""
     try:

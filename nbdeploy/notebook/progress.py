@@ -212,6 +212,8 @@ class Progress:
         for step in self._steps.values():
             if step.state != "running":
                 self._say(step.name, _line(step))
+            elif step.detail.endswith("."):  # a sentence tells what is in the way, perhaps for minutes
+                self._say(f"{step.name} {step.detail}", _line(step))
         for note in self._notes:
             self._say(f"note {note}", f"  ▲ {note}")
 

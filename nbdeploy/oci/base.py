@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from nbdeploy.errors import RegistryError
 from nbdeploy.oci.layers import TAR, Layer
+from nbdeploy.oci.notes import Notes
 from nbdeploy.oci.reference import Reference
 from nbdeploy.oci.registry import Manifest, OpenRegistry, Registry
 
@@ -48,7 +50,15 @@ def default_base(python: str) -> str:
     return f"docker.io/library/python:{python}-slim"
 
 
-def base_of(text: str, platform: str, open_registry: OpenRegistry, *, python: str = "") -> Base:
+def base_of(
+    text: str,
+    platform: str,
+    open_registry: OpenRegistry,
+    *,
+    python: str = "",
+    notes: Path | None = None,
+    fresh: float = 0.0,
+) -> Base:
     """Look up a base image.
 
     Args:
@@ -56,21 +66,40 @@ def base_of(text: str, platform: str, open_registry: OpenRegistry, *, python: st
         platform: "linux/amd64" or "linux/arm64".
         open_registry: gives the Registry of a host.
         python: minor version that it must have, as far as its configuration tells; "" is not looked at.
+        notes: folder of the notes on registries; a base that was seen costs one small request, not three.
+        fresh: seconds for which what its name stands for is believed without asking.
 
     Raises RegistryError where it is not there, lacks the platform, or has another Python; UsageError for a bad name.
     """
     reference = Reference.parse(text)
     registry = open_registry(reference.host)
-    manifest = _manifest(registry, reference, reference.target)
+    known = Notes(notes, reference.host) if notes is not None else None
+    target = _digest(registry, reference, known, fresh) if known is not None else ""
+    manifest = _manifest(registry, reference, target or reference.target, known)
     if _is_index(manifest):
-        manifest = _manifest(registry, reference, _chosen(manifest.json, reference, platform))
-    config = _config(registry, reference, manifest.json)
+        manifest = _manifest(registry, reference, _chosen(manifest.json, reference, platform), known)
+    config = _config(registry, reference, manifest.json, known)
     _check(config, reference, platform, python)
     return Base(reference.pinned(manifest.digest), config, _layers(manifest.json, config, reference))
 
 
-def _manifest(registry: Registry, reference: Reference, target: str) -> Manifest:
+def _digest(registry: Registry, reference: Reference, notes: Notes, fresh: float) -> str:
+    """Return what a name stands for, "" where the registry does not say without giving it whole."""
+    found = notes.resolved(reference, fresh) if fresh else ""
+    if not found:
+        found = registry.digest_of(reference.repository, reference.target)
+        if found:
+            notes.resolve(reference, found)
+    return found
+
+
+def _manifest(registry: Registry, reference: Reference, target: str, notes: Notes | None) -> Manifest:
+    data = notes.document(target) if notes is not None else None
+    if data is not None:
+        return Manifest(data, str(json.loads(data).get("mediaType", "")), target)
     found = registry.manifest(reference.repository, target)
+    if found is not None and notes is not None:
+        notes.keep(found.digest, found.data)
     if found is None:
         raise RegistryError(
             f"There is no base image {reference}. Set base_image in the engine's settings to an image with Python that "
@@ -99,9 +128,17 @@ def _chosen(index: Mapping[str, Any], reference: Reference, platform: str) -> st
     return names[platform]
 
 
-def _config(registry: Registry, reference: Reference, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _config(
+    registry: Registry, reference: Reference, manifest: Mapping[str, Any], notes: Notes | None
+) -> dict[str, Any]:
     try:
-        config = json.loads(registry.blob(reference.repository, manifest["config"]["digest"]))
+        digest = str(manifest["config"]["digest"])
+        data = notes.document(digest) if notes is not None else None
+        if data is None:
+            data = registry.blob(reference.repository, digest)
+            if notes is not None:
+                notes.keep(digest, data)
+        config = json.loads(data)
         config["rootfs"]["diff_ids"]  # an artifact that is no image has none
     except (KeyError, TypeError, ValueError) as error:
         raise RegistryError(f"{reference} is no image that can be built on. Set base_image to another one.") from error

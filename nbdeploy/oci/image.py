@@ -1,9 +1,9 @@
 """The Image of a Bundle: base, packages, server, weights, code. Nothing is run and nothing is written to make it.
 
-Layers stand in the order of how rarely they change: the base with its security updates, packages with the lock, the
-server with nbdeploy, weights with training, code with every edit. The last layer is some kilobytes, and an edit sends
-nothing else. Equal Bundles on equal bases give equal Images, byte for byte: names, times, owners and the machine that
-builds leave no trace.
+Layers stand in the order of how rarely they change: the base with its security updates, packages and their bytecode
+with the lock, the server with nbdeploy, weights with training, code with every edit. The last layer is some kilobytes,
+and an edit sends nothing else. Equal Bundles on equal bases give equal Images, byte for byte: names, times, owners and
+the machine that builds leave no trace; only its version of Python does, in the bytecode.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from nbdeploy.installation import server_source
 from nbdeploy.oci.base import Base, environment_of
 from nbdeploy.oci.layers import MOST, Entry, Layer, tree
 from nbdeploy.oci.packages import PLACE as SITE
+from nbdeploy.oci.packages import SERVER
 from nbdeploy.oci.push import CONFIG, MANIFEST
 from nbdeploy.oci.reference import Reference
 from nbdeploy.oci.weights import blob_entry, blobs
 
-SERVER = "opt/nbdeploy/server"
 STORE = "opt/nbdeploy/store"
 USER = "10001:10001"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -71,7 +71,7 @@ def build(
     Args:
         bundle: the Bundle, in a Store of this machine.
         base: see `base_of`.
-        environment: layers of its packages, see `packages.layers`.
+        environment: layers of its packages and of bytecode, see `packages.layers`.
         on_bytes: hears how many bytes of weights were hashed, where their layers are made for the first time.
 
     Raises BundleInvalid where the Bundle is damaged, StoreError where a blob of it is missing.

@@ -164,6 +164,11 @@ def archived(entries: Sequence[Entry], title: str, digest: str, size: int) -> La
     return Layer(TAR, digest, digest, size, title, lambda: Archive(entries).chunks())
 
 
+def stored(archive: Path, title: str, digest: str, size: int) -> Layer:
+    """Return the layer of an archive that lies in a file."""
+    return Layer(TAR, digest, digest, size, title, lambda: _read(Entry(archive.name, archive, size)))
+
+
 def packed(sizes: Mapping[str, int], *, lone: int = LONE, bundled: int = BUNDLED, most: int = MOST) -> list[list[str]]:
     """Group named things into layers: large ones alone, the others together as long as they stay below `bundled`.
 

@@ -26,10 +26,12 @@ from nbdeploy_server.bundle import canonical
 from nbdeploy import environment
 from nbdeploy.distributions import normalised
 from nbdeploy.errors import StoreError
-from nbdeploy.installation import LAYERS, Progress, Rows, Site, silent, site
+from nbdeploy.installation import BYTECODE, LAYERS, Progress, Rows, Site, server_files, silent, site
+from nbdeploy.oci import bytecode
 from nbdeploy.oci.layers import Archive, Entry, Layer, archived, packed
 
 PLACE = "opt/nbdeploy/site"
+SERVER = "opt/nbdeploy/server"
 LONE = 20_000_000  # bytes from which a distribution is a layer of its own
 MOST = 32  # layers of packages
 
@@ -41,7 +43,7 @@ class Environment:
     """Packages of an Image.
 
     Attributes:
-        layers: one or more.
+        layers: of the packages, one or more, and then of their bytecode and the server's.
         note: what the user should know about them, "" for nothing.
     """
 
@@ -60,7 +62,7 @@ def layers(
     torch_index: str | None = None,
     on_progress: Progress = silent,
 ) -> Environment:
-    """Return the layers of these rows; nothing is installed or hashed where this was done before.
+    """Return the layers of these rows; nothing is installed, hashed or compiled where this was done before.
 
     Args:
         rows: the manifest's distributions. Those that travel as wheels are left out: the Bundle brings them.
@@ -90,13 +92,15 @@ def layers(
         on_lock=on_lock,
         on_progress=on_progress,
     )
-    groups = functools.cache(lambda: _groups(made))
-    known = _noted(made) or _note(made, groups(), on_progress)
+    owned = functools.cache(lambda: _owned(made))
+    groups = functools.cache(lambda: _groups(owned()))
+    known = _noted(made) or _note(made, owned(), groups(), on_progress)
     found = tuple(
         Layer(row.media_type, row.digest, row.diff_id, row.size, row.title, functools.partial(_chunks, groups, number))
         for number, row in enumerate(known.layers)
     )
-    return Environment(found, "" if gpus else known.note)
+    compiled = bytecode.layers(owned, _server(), made.folder.parent / BYTECODE, python, on_progress)
+    return Environment((*found, *compiled), "" if gpus else known.note)
 
 
 def cuda_bytes(sizes: Mapping[str, int]) -> int:
@@ -137,7 +141,9 @@ def _noted(made: Site) -> Environment | None:
         return None
 
 
-def _note(made: Site, groups: list[list[Entry]], on_progress: Progress) -> Environment:
+def _note(
+    made: Site, owned: Mapping[str, list[Entry]], groups: list[list[Entry]], on_progress: Progress
+) -> Environment:
     """Hash the layers, two at a time, and note them beside the packages."""
     on_progress(f"packing {sum(size for _, size in made.files) / 1e6:.0f} MB of packages")
     with ThreadPoolExecutor(2) as pool:
@@ -147,7 +153,7 @@ def _note(made: Site, groups: list[list[Entry]], on_progress: Progress) -> Envir
         archived((), _title(group), digest, archive.size)
         for group, digest, archive in zip(groups, digests, archives, strict=True)
     )
-    words = cuda_words(cuda_bytes({name: sum(entry.size for entry in own) for name, own in _owned(made).items()}))
+    words = cuda_words(cuda_bytes({name: sum(entry.size for entry in own) for name, own in owned.items()}))
     shown = [{"title": row.title, "digest": row.digest, "size": row.size} for row in rows]
     target = made.folder.parent / LAYERS
     temporary = target.with_name(f".{secrets.token_hex(8)}.part")
@@ -165,12 +171,17 @@ def _title(group: list[Entry]) -> str:
     return names[0].removesuffix(".dist-info").replace("-", " ") if len(names) == 1 else f"{len(names)} packages"
 
 
-def _groups(made: Site) -> list[list[Entry]]:
+def _groups(owned: Mapping[str, list[Entry]]) -> list[list[Entry]]:
     """Return the entries of each layer; equal packages give equal entries on every machine."""
-    owned = _owned(made)
     sizes = {name: sum(entry.size for entry in entries) for name, entries in owned.items()}
     groups = packed(sizes, lone=LONE, most=MOST)
     return [list(itertools.chain.from_iterable(owned[name] for name in group)) for group in groups]
+
+
+def _server() -> list[Entry]:
+    return [
+        Entry(f"{SERVER}/nbdeploy_server/{name}", path, path.stat().st_size) for name, path in server_files().items()
+    ]
 
 
 def _owned(made: Site) -> dict[str, list[Entry]]:

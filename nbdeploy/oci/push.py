@@ -92,7 +92,8 @@ def push(
         to: registry, repository and perhaps a tag; a digest in it is ignored.
         open_registry: gives the Registry of a host, always the same for a host; the caller closes it.
         previous: digest of an image of ours in the same repository, or "": its blobs are taken to be there.
-        mounts: repositories of the same registry that may hold a blob, by the blob's digest.
+        mounts: repositories of the same registry that may hold a large blob, by the blob's digest; a wrong one costs
+            a request.
         on_progress: called at most five times a second with words and {"bytes": sent, "total": to be sent, "rate":
             bytes per second}, from any thread, never twice at once.
 
@@ -188,7 +189,7 @@ class _Push:
     def _missing(self, blob: _Blob) -> bool:
         if self._stop.is_set():
             raise _StoppedError
-        if blob.origin is None and (blob.size < _SMALL or blob.digest in self._mounts):
+        if blob.origin is None and blob.size < _SMALL:
             return True
         return not self._registry.has_blob(self._to.repository, blob.digest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,11 +52,15 @@ class Registry:
         host: host of the registry, with its port if it has one.
         environ: where proxies, certificates and the places of credentials are read from.
         delay: seconds before the second try of what failed; each further wait is twice as long.
+        seconds: from now on, after which nothing is begun or waited for; UndecidedError tells of a registry that was
+            merely slow until then.
     """
 
-    def __init__(self, host: str, *, environ: Mapping[str, str] = os.environ, delay: float = 0.25) -> None:
+    def __init__(
+        self, host: str, *, environ: Mapping[str, str] = os.environ, delay: float = 0.25, seconds: float = math.inf
+    ) -> None:
         self.host = host
-        self._session = Session(host, environ, delay)
+        self._session = Session(host, environ, delay, seconds)
         self._uploader = Uploader(self._session)
         self._written: set[str] = (
             set()
@@ -65,6 +70,11 @@ class Registry:
     def requests(self) -> int:
         """How many requests the registry has had from this object."""
         return self._session.transport.requests
+
+    @property
+    def answered(self) -> bool:
+        """Whether anything at its address has been reached."""
+        return self._session.transport.answered
 
     def will_push(self, repository: str) -> None:
         """Say that this repository will be pushed to, so that one token serves for all its requests."""
@@ -130,12 +140,9 @@ class Registry:
         finally:
             answer.close()
 
-    def mount(self, repository: str, digest: str, source: str) -> bool:
-        """Take a blob from another repository of this registry, without sending it; False where that cannot be."""
-        place = self._uploader.mount(repository, digest, source)
-        if place is not None:
-            self._uploader.abandon(repository, place)
-        return place is None
+    def check_push(self, repository: str) -> None:
+        """Return where a push may begin. Two requests, and nothing stays in the registry."""
+        self._uploader.rehearse(repository)
 
     def upload(
         self,
@@ -170,17 +177,6 @@ class Registry:
             headers={"Content-Type": media_type},
             body=data,
         )
-
-    def delete_manifest(self, repository: str, digest: str) -> bool:
-        """Delete a manifest; False where it is not there. Registries that do not allow it raise RegistryError."""
-        answer = self._session.ask(
-            "DELETE",
-            f"/v2/{repository}/manifests/{digest}",
-            scopes=frozenset({f"repository:{repository}:delete,pull,push"}),
-            action=f"delete {digest[:19]}... from {repository}",
-            expect={200, 202, 204, _ABSENT},
-        )
-        return answer.status != _ABSENT
 
     def _read(
         self, method: str, repository: str, rest: str, headers: Mapping[str, str] | None = None, *, stream: bool = False

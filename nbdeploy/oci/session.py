@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import email.utils
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,27 +30,37 @@ _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _TLS_WANTED = (b"HTTP request to an HTTPS server", b"HTTP request was sent to HTTPS port")
 
 
-class Session:
-    """What Registry and its uploads share. Many threads may use it."""
+class UndecidedError(RegistryError):
+    """The time was over while the registry did no more than make us wait."""
 
-    def __init__(self, host: str, environ: Mapping[str, str], delay: float) -> None:
+
+class Session:
+    """What Registry and its uploads share. Many threads may use it. See Registry for the arguments."""
+
+    def __init__(self, host: str, environ: Mapping[str, str], delay: float, seconds: float = math.inf) -> None:
         self.host = host
-        self.transport = Transport(host, environ)
+        self.transport = Transport(host, environ, seconds)
         self._tokens = Tokens(self.transport, environ)
         self._delay = delay
 
-    def patiently(self, action: Callable[[], T]) -> T:
-        """Return the action's result; it is done again after a CutError, later each time, until patience ends."""
-        left, wait = PATIENCE, self._delay
+    def patiently(self, action: Callable[[], T], patience: int = PATIENCE) -> T:
+        """Return the action's result; it is done again after a CutError, later each time, until patience or time ends.
+
+        Raises UndecidedError where it is the time, and the registry is merely slow; else RegistryError.
+        """
+        left, wait = patience, self._delay
         while True:
             try:
                 return action()
             except CutError as error:
                 left -= error.cost
-                if left <= 0:
-                    raise RegistryError(str(error)) from error
                 seconds = wait * random.uniform(0.5, 1.5) if error.after is None else error.after  # noqa: S311 - jitter
-                time.sleep(min(seconds, _LONGEST))
+                seconds = min(seconds, _LONGEST)
+                late = seconds >= self.transport.left
+                if left <= 0 or late:
+                    kind = UndecidedError if late and error.slow else RegistryError
+                    raise kind(str(error)) from error
+                time.sleep(seconds)
                 wait *= 2
 
     def ask(
@@ -63,12 +74,14 @@ class Session:
         headers: Mapping[str, str] | None = None,
         body: bytes | None = None,
         stream: bool = False,
+        patience: int = PATIENCE,
     ) -> BaseHTTPResponse:
         """Make a small request, again where that may help, and return an answer whose status is expected."""
         return self.patiently(
             lambda: self.once(
                 method, path, scopes=scopes, action=action, expect=expect, headers=headers, body=body, stream=stream
-            )
+            ),
+            patience,
         )
 
     def once(
@@ -122,7 +135,9 @@ class Session:
         if any(words in body for words in _TLS_WANTED) and self.transport.use_tls():
             return CutError(str(error), after=0.0)
         if answer.status in _AGAIN and not refusal.is_full(answer.status, body):
-            return CutError(str(error), after=_retry_after(answer.headers.get("Retry-After", "")))
+            after = _retry_after(answer.headers.get("Retry-After", ""))
+            slow = after is not None or answer.status == HTTPStatus.TOO_MANY_REQUESTS
+            return CutError(str(error), after=after, slow=slow)
         return error
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 import threading
+import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 20.0  # to connect, and to hand one piece of a body to the network
 READ_SECONDS = 60.0
 COMMIT_SECONDS = 900.0  # a registry may copy gigabytes within its storage before it says that a blob is there
+_MOMENT = 0.05  # seconds
 _CONNECTIONS = 8
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
 
@@ -30,25 +33,40 @@ class CutError(RegistryError):
     Attributes:
         cost: how much of the patience it takes (a lost connection is 1).
         after: seconds to wait that the registry asked for, or None.
+        slow: the registry is there and only makes us wait.
     """
 
-    def __init__(self, words: str, *, cost: int = 1, after: float | None = None) -> None:
+    def __init__(self, words: str, *, cost: int = 1, after: float | None = None, slow: bool = False) -> None:
         super().__init__(words)
         self.cost = cost
         self.after = after
+        self.slow = slow
 
 
 class Transport:
-    """Connections for one registry. Many threads may use it."""
+    """Connections for one registry. Many threads may use it.
 
-    def __init__(self, host: str, environ: Mapping[str, str]) -> None:
+    Args:
+        host: of the registry.
+        environ: where proxies and certificates are read from.
+        seconds: from now on, after which nothing is waited for.
+    """
+
+    def __init__(self, host: str, environ: Mapping[str, str], seconds: float = math.inf) -> None:
         self.host = host
         self.requests = 0
+        self.answered = False  # whether anything at its address has been reached
+        self._until = time.monotonic() + seconds
         self._api_host = api_host(host)
         self._scheme = "http" if is_loopback(host) else "https"
         self._environ = environ
         self._pools: dict[str, PoolManager] = {}
         self._lock = threading.Lock()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; at least a moment, so that what is begun may end."""
+        return max(_MOMENT, self._until - time.monotonic())
 
     def url(self, path: str) -> str:
         """Return the address of a path of the registry."""
@@ -114,9 +132,10 @@ class Transport:
         if self.trusts(url):
             with self._lock:
                 self.requests += 1
-        limits = urllib3.Timeout(connect=CONNECT_SECONDS, read=COMMIT_SECONDS if slow else READ_SECONDS)
+        connect, read = min(CONNECT_SECONDS, self.left), min(COMMIT_SECONDS if slow else READ_SECONDS, self.left)
+        limits = urllib3.Timeout(connect=connect, read=read)
         try:
-            return self._pool(url).urlopen(
+            answer = self._pool(url).urlopen(
                 method,
                 url,
                 body=body,
@@ -128,7 +147,11 @@ class Transport:
                 decode_content=False,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise in_words(urllib.parse.urlsplit(url).netloc, error) from error
+            found = in_words(urllib.parse.urlsplit(url).netloc, error, connect)
+            self.answered = self.answered or (isinstance(found, CutError) and found.slow)
+            raise found from error
+        self.answered = True
+        return answer
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -174,8 +197,8 @@ def without_login(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def in_words(host: str, error: Exception) -> RegistryError:
-    """Return what a failed connection means for the user."""
+def in_words(host: str, error: Exception, seconds: float = CONNECT_SECONDS) -> RegistryError:
+    """Return what a failed connection, for which we waited so long, means for the user."""
     from urllib3 import exceptions
 
     chain = _chain(error)
@@ -183,20 +206,21 @@ def in_words(host: str, error: Exception) -> RegistryError:
     if any(isinstance(one, ssl.SSLError | exceptions.SSLError) for one in chain) or "SSLError" in texts:
         return _tls_words(host, chain, texts)
     kinds = [type(one) for one in chain]
+    if exceptions.ProxyError in kinds:
+        words = f"the proxy of this machine does not let us reach {host} ({chain[-1]}): see HTTPS_PROXY, NO_PROXY"
+        return CutError(words, cost=2)
     if exceptions.NameResolutionError in kinds:
         return CutError(f"no machine is called {host}: check the registry's name, and the network (VPN, DNS)", cost=3)
     if ConnectionRefusedError in kinds:
         return CutError(f"{host} refuses connections: is the registry running, and is its port right?", cost=2)
     if exceptions.ConnectTimeoutError in kinds:
-        words = f"{host} did not answer in {CONNECT_SECONDS:.0f} s: check the network (VPN, firewall, HTTPS_PROXY)"
+        words = f"{host} did not answer in {seconds:.0f} s: check the network (VPN, firewall, HTTPS_PROXY)"
         return CutError(words, cost=3)
     if isinstance(error, exceptions.ReadTimeoutError):
         return CutError(
-            f"{host} took the request and then said nothing: it may be overloaded, deploy again later", cost=2
-        )
-    if isinstance(error, exceptions.ProxyError):
-        return CutError(
-            f"the proxy of this machine does not let us reach {host} ({chain[-1]}): see HTTPS_PROXY, NO_PROXY"
+            f"{host} took the request and then said nothing: it may be overloaded, deploy again later",
+            cost=2,
+            slow=True,
         )
     return CutError(f"the connection to {host} was lost again and again ({chain[-1]}): check the network, deploy again")
 

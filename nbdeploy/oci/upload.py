@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE = 256 << 10  # bytes handed to the network at once; each must go out within transport.CONNECT_SECONDS
 CHUNK = 64 << 20  # bytes of one request where a single one is refused; proxies that limit mostly allow 100 MB
+_MOUNTING = 4  # patience with a mount, which can be done without: one renewed token, or three lost connections
 _EMPTY = {"Content-Length": "0"}
 _BINARY = {"Content-Type": "application/octet-stream"}
 
@@ -58,11 +59,12 @@ class _Place:
 
 
 class Uploader:
-    """Uploads over one session. Many threads may use it; it remembers that a registry wants chunks."""
+    """Uploads over one session. Many threads may use it; it remembers what a registry did not take."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._chunked = False
+        self._refused: set[str] = set()  # repositories that nothing may be taken from
 
     def upload(self, blob: Blob) -> int:
         """Bring the blob there and return the bytes that were sent: 0 where the registry took them from `source`.
@@ -71,7 +73,16 @@ class Uploader:
         """
         return self._session.patiently(lambda: self._attempt(blob))
 
-    def mount(self, repository: str, digest: str, source: str) -> _Place | None:
+    def rehearse(self, repository: str) -> None:
+        """Begin an upload, and let the registry forget it: whoever may do that may push."""
+        place = self._start(repository)
+        with contextlib.suppress(RegistryError):  # some have no such request, and forget by themselves
+            action = f"push to {repository}"
+            self._session.once(
+                "DELETE", place.address, scopes=scopes(repository), action=action, expect={200, 202, 204}
+            )
+
+    def _mount(self, repository: str, digest: str, source: str) -> _Place | None:
         """Ask for a blob from another repository: None where it is there now, else where to upload it to."""
         path = f"/v2/{repository}/blobs/uploads/?mount={urllib.parse.quote(digest)}&from={urllib.parse.quote(source)}"
         try:
@@ -82,18 +93,12 @@ class Uploader:
                 action=f"take layers of {source} for {repository}",
                 expect={201, 202},
                 headers=_EMPTY,
+                patience=_MOUNTING,
             )
         except RegistryError:  # a registry that does not let us read there, or cannot mount: it is uploaded then
+            self._refused.add(source)
             return self._start(repository)
         return None if answer.status == HTTPStatus.CREATED else self._place(self._session.transport.url(path), answer)
-
-    def abandon(self, repository: str, place: _Place) -> None:
-        """Let the registry forget an upload that was begun."""
-        with contextlib.suppress(RegistryError):
-            action = f"push to {repository}"
-            self._session.once(
-                "DELETE", place.address, scopes=scopes(repository), action=action, expect={200, 202, 204}
-            )
 
     def _start(self, repository: str) -> _Place:
         path = f"/v2/{repository}/blobs/uploads/"
@@ -111,7 +116,8 @@ class Uploader:
         return _Place(address, max(CHUNK, int(least) if least.isdigit() else 0))
 
     def _attempt(self, blob: Blob) -> int:
-        place = self.mount(blob.repository, blob.digest, blob.source) if blob.source else self._start(blob.repository)
+        mounted = blob.source and blob.source not in self._refused
+        place = self._mount(blob.repository, blob.digest, blob.source) if mounted else self._start(blob.repository)
         if place is None:
             return 0
         with _Pieces(blob) as pieces:

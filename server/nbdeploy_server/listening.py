@@ -1,8 +1,14 @@
-"""A Replica that listens on a port of its own, as in a container, and leaves in two phases.
+"""A Replica that listens on a port of its own, as in a container, and leaves in three phases.
 
 Being told to end and being out of every router's list are two events, seconds apart, and nobody says when the second
-has happened. So a Replica that ends first serves on, new connections too, but asks each caller to reconnect
-(`Connection: close` makes the caller's own HTTP library do it, with no request lost); only then it stops listening.
+has happened. So a Replica that ends
+
+1. serves on for a fixed time, new connections too, but asks each caller to reconnect: `Connection: close` makes the
+   caller's own HTTP library do it, with no request lost;
+2. lets go of idle connections too, and serves on until for QUIET seconds nobody came and nobody was connected, for at
+   most LONGEST times the fixed time in all. Who was let go and comes again shows that a router still leads here, as a
+   node's proxy without a spare core may for long; a connection that were refused then would be a request lost;
+3. stops listening, and finishes what is running.
 """
 
 from __future__ import annotations
@@ -26,6 +32,13 @@ BACKLOG = 2048
 PAUSE = 0.2  # seconds without accepting once this process has no descriptor left
 SCRAPE = 2.0  # seconds that a scrape waits for the event loop
 GRACE = 5.0  # seconds beyond a request's timeout that its answer may take to leave
+STEP = 0.01  # seconds between looks at what a Replica that ends still waits for
+# Seconds without a connection after which routers count as knowing. Who is let go is back within a round trip; a client
+# that waits before it connects again, or one whose first packet was lost, within a second.
+QUIET = 1.5
+# A Replica listens for at most so many times its drain seconds: some callers never go elsewhere, as health checks and
+# those with this address of its own. Kubernetes must wait for it: see nbdeploy/engines/kubernetes/pod.py.
+LONGEST = 3
 
 
 class Listener:
@@ -35,6 +48,7 @@ class Listener:
         self._front = front
         self._socket = sock
         self._drain_seconds = drain_seconds
+        self._last_caller = 0.0  # loop time at which one came, and in a drain, at which one was still connected
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
@@ -90,6 +104,7 @@ class Listener:
                 loop.call_later(PAUSE, self._resume)
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._last_caller = asyncio.get_running_loop().time()
             self._connections.enter(sock)
 
     def _resume(self) -> None:
@@ -105,7 +120,7 @@ class Listener:
         return self._front.draining
 
     def drain(self, seconds: float) -> None:
-        """Begin to leave: phase 1 for so many seconds, then phase 2. Told again, phase 1 ends at once."""
+        """Begin to leave: phase 1 for so many seconds, then the others; 0 means at once with phase 3, as told again."""
         if self._drain is not None:
             self._hurry.set()
             return
@@ -114,17 +129,37 @@ class Listener:
         self._drain = asyncio.get_running_loop().create_task(self._leave(seconds))
 
     async def _leave(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + LONGEST * seconds
         if seconds:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), seconds)
+        while not self._hurry.is_set() and loop.time() < latest and not self._quiet():
+            self._let_go()
+            await asyncio.sleep(STEP)
         self._stop_listening()
-        loop = asyncio.get_running_loop()
         limit = loop.time() + self._front.settings.timeout + GRACE
         while loop.time() < limit and not self._connections.over:
-            for connection in self._connections.open():
-                connection.close_unasked()
-            await asyncio.sleep(0.01)
+            self._let_go()
+            await asyncio.sleep(STEP)
         self._stop.set()
+
+    def _let_go(self) -> None:
+        """Close the connections on which nothing is asked."""
+        for connection in self._connections.open():
+            connection.close_unasked()
+
+    def _quiet(self) -> bool:
+        """Whether routers seem to know; asked again and again from the end of phase 1 on.
+
+        A caller whose answer is still to come counts: it reconnects only then, and a slow model must not hide it.
+        """
+        now = asyncio.get_running_loop().time()
+        if not self._connections.over:
+            self._last_caller = now
+        if now - self._last_caller >= QUIET:
+            self._accept()  # where the loop was held up, some wait at the door
+        return now - self._last_caller >= QUIET
 
     def _stop_listening(self) -> None:
         """Take in who waits already, for closing a listener resets them; then refuse."""

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 LINGER = 30.0  # seconds for which the rest of a refused body, or of a request's head, is waited for
 PATIENCE = 5.0  # seconds that a drain waits for the second half of a request
+NEW = 1.0  # seconds for which a drain leaves alone who has asked nothing yet: a request follows its connection
 
 
 class Connection(HttpToolsProtocol):
@@ -100,13 +101,16 @@ class ListenedConnection(Connection):
     def close_unasked(self) -> None:
         """Close the connection unless something is asked or being answered; a drain asks again.
 
-        Bytes that the kernel has and this process has not read are a request too: closing would reset it.
+        Bytes that the kernel has and this process has not read are a request too: closing would reset it. The first
+        request of a new connection may still be on its way.
         """
         if self.transport is None or self.transport.is_closing():
             return
         if self._midway and self._answered:  # half a request, or half a body that nobody wants
             self._close_if_stalled()
-        elif self.idle and not _waiting(self.transport.get_extra_info("socket").fileno()):
+            return
+        new = self.cycle is None and self.loop.time() - self.idle_since < NEW  # type: ignore[unreachable] # as uvicorn has it
+        if self.idle and not new and not _waiting(self.transport.get_extra_info("socket").fileno()):
             self.transport.close()
 
 

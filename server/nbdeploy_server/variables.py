@@ -28,7 +28,8 @@ class Order:
         host: address to listen on; "" means all.
         port: for users; 0 takes a free one.
         probes_port: for probes and metrics; 0 takes a free one.
-        drain_seconds: for which a Replica that is told to end still takes new connections.
+        drain_seconds: for which a Replica that is told to end still takes new connections, and for longer where callers
+            still come (see listening).
     """
 
     settings: ReplicaSettings

@@ -1,9 +1,10 @@
-# What a cluster that is up can be given: KEDA, metrics-server, nodes that only pretend. Sourced by ./cluster.
+# What a cluster that is up can be given: KEDA, metrics-server, Gateway API's kinds, nodes that only pretend. Sourced by ./cluster.
 # shellcheck shell=bash disable=SC2154 # variables of ./cluster and programs.sh
 
 keda_version=2.21.0
 metrics_server_version=0.9.0
 kwok_version=0.7.0
+gateway_api_version=1.4.1
 
 host_service() { # host_service NAMESPACE NAME PORT: a Service on port 443 whose only endpoint is a server of this machine
   cat <<Y
@@ -66,6 +67,22 @@ metrics() { # kubectl top, and autoscaling on CPU and memory
     --metric-resolution=10s --kubelet-request-timeout=5s
   { host_service kube-system metrics-server 6445; aggregated_api metrics.k8s.io v1beta1 kube-system metrics-server; } | kubectl apply -f - >/dev/null
   kubectl wait --for=condition=Available apiservice/v1beta1.metrics.k8s.io --timeout=60s >/dev/null
+}
+
+httproutes=$cache/httproutes-$gateway_api_version.yaml
+
+fetch_gateway_api() {
+  [ ! -s "$httproutes" ] || return 0
+  install_go
+  local module
+  module=$(go mod download -json "sigs.k8s.io/gateway-api@v$gateway_api_version" | python3 -c 'import json, sys; print(json.load(sys.stdin)["Dir"])')
+  cp "$module/config/crd/standard/gateway.networking.k8s.io_httproutes.yaml" "$httproutes.part" && mv "$httproutes.part" "$httproutes"
+}
+
+gateway_api() { # the kind HTTPRoute with its schema; nothing here routes
+  fetch_gateway_api
+  kubectl apply --server-side -f "$httproutes" >/dev/null
+  wait_for 60 kubectl get httproutes.gateway.networking.k8s.io
 }
 
 fake_nodes() { # fake_nodes COUNT: pods that tolerate them are Running and Ready at once, and do nothing

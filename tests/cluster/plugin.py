@@ -84,6 +84,13 @@ def namespace(cluster: running.Cluster, tmp_path: Path) -> Iterator[running.Name
     cluster.kubectl("delete", "namespace", made.name, "--wait=false")
 
 
+@pytest.fixture(scope="session")
+def gateway_api(cluster: running.Cluster) -> running.Cluster:
+    """The test cluster with the kind HTTPRoute of Gateway API, which stays: no test may count on its absence."""
+    running.run_program("gateway-api")
+    return cluster
+
+
 @pytest.fixture
 def on_cluster(
     home: Path, namespace: running.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

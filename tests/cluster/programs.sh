@@ -34,6 +34,7 @@ install() {
   install_packages
   build_kubenode
   build_base_image
+  fetch_gateway_api
 }
 
 install_packages() {

@@ -229,6 +229,7 @@ state = "$dir/state"
   [plugins."io.containerd.grpc.v1.cri".registry]
     config_path = "$dir/certs.d"
 C
+  # Of a shared folder of logs, each kubelet removes once a minute those of pods that it does not know: the other's.
   cat >"$dir/kubelet.yaml" <<C
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -247,6 +248,7 @@ clusterDNS: [10.96.0.10]
 clusterDomain: cluster.local
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: $home/pki/ca.crt}}
 authorization: {mode: Webhook}
+podLogsDir: $dir/logs
 containerRuntimeEndpoint: unix://$dir/containerd.sock
 evictionHard: {memory.available: 100Mi, nodefs.available: 1%, imagefs.available: 1%, nodefs.inodesFree: 1%}
 imageGCHighThresholdPercent: 99

@@ -77,6 +77,7 @@ def test_registry_and_base(on_cluster: Namespace, tmp_path: Path) -> None:
     found = rows()
     assert found["registry push"]["state"] == "missing"
     assert "127.0.0.1:9" in found["registry push"]["detail"]
+    assert f"engines.cluster.registry in {tmp_path / 'config'}" in found["registry push"]["detail"]
     assert "create secret docker-registry pull --docker-server=127.0.0.1:9" in found["registry pull"]["detail"]
     on_cluster.configure(tmp_path / "config", base_image=f"{on_cluster.cluster.registry}/absent:1")
     assert "There is no base image" in rows()["base image"]["detail"]
@@ -93,7 +94,9 @@ def test_no_registry(on_cluster: Namespace, tmp_path: Path) -> None:
 def test_a_registry_written_like_a_web_page(on_cluster: Namespace, tmp_path: Path) -> None:
     """`http://` before the registry is told with the setting that has it."""
     on_cluster.configure(tmp_path / "config", registry="http://127.0.0.1:5000/team")
-    assert rows()["registry push"]["detail"].startswith("engines.cluster.registry is 'http://127.0.0.1:5000/team'")
+    file = tmp_path / "config" / "nbdeploy" / "config.toml"
+    told = f"engines.cluster.registry in {file} is 'http://127.0.0.1:5000/team'"
+    assert rows()["registry push"]["detail"].startswith(told)
 
 
 def test_a_default_base_image_out_of_reach(
@@ -105,7 +108,8 @@ def test_a_default_base_image_out_of_reach(
     monkeypatch.setenv("NO_PROXY", "10.97.0.1")
     found = rows()["base image"]
     assert found["state"] == "missing"
-    assert "base_image in [engines.cluster]" in found["detail"]
+    assert "the proxy of this machine does not let us reach registry-1.docker.io" in found["detail"]
+    assert f"engines.cluster.base_image in {tmp_path / 'config'}" in found["detail"]
 
 
 def test_quota_in_words(on_cluster: Namespace) -> None:

@@ -109,7 +109,7 @@ def make_deployer(
         namespace = make_namespace()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(namespace.kubeconfig))
-            client = Client.connect(ClusterSettings(namespace=namespace.name), tmp_path_factory.mktemp("cache"))
+            client = Client.connect(ClusterSettings(namespace=namespace.name))
         made.append(Deployer(client, namespace, digest_of(cluster.base_image)))
         return made[-1]
 
@@ -221,7 +221,7 @@ def test_refused(
 def test_no_right(deployer: Deployer, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A namespace without the Role refuses; the words hold the rule to paste."""
     monkeypatch.setenv("KUBECONFIG", str(deployer.namespace.kubeconfig))
-    client = Client.connect(ClusterSettings(namespace="default"), tmp_path)
+    client = Client.connect(ClusterSettings(namespace="default"))
     with pytest.raises(EngineError, match=r"(?s)configmaps.*default.*kind: Role"):
         client.apply(root(Record("a"), "default"))
     client.close()

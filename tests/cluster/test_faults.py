@@ -19,10 +19,11 @@ from nbdeploy.config import EngineSettings
 from nbdeploy.deploying import deploy
 from nbdeploy.endpoint import engine_named
 from nbdeploy.engines.kubernetes.workload import object_name
-from nbdeploy.errors import EndpointNotFoundError, EngineError, NbdeployError, UnreachableError
+from nbdeploy.errors import EndpointNotFoundError, EngineError, UnreachableError
 from nbdeploy.jobs import Event, Job, all_jobs
 from nbdeploy.spec import Autoscaling, Resources
 from tests.conftest import leftovers, wait_until
+from tests.engines.conftest import at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -408,23 +409,8 @@ def test_a_change_ends_a_roll_out(place: Namespace, home: Path, change: str) -> 
 def test_two_scales_at_once(place: Namespace) -> None:
     """One wins, or both in turn; what is told, recorded and running agree."""
     put("old")
-    outcomes: dict[int, str] = {}
-    both = threading.Barrier(2)
-
-    def scale(number: int) -> None:
-        endpoint = nbdeploy.connect("one")
-        both.wait(30)
-        try:
-            endpoint.scale(min_replicas=number)
-            outcomes[number] = ""
-        except NbdeployError as error:
-            outcomes[number] = str(error)
-
-    threads = [threading.Thread(target=scale, args=(number,)) for number in (2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    endpoints = {number: nbdeploy.connect("one") for number in (2, 3)}
+    outcomes = at_once(lambda number: endpoints[number].scale(min_replicas=number), 2, 3)
     assert "" in outcomes.values()
     assert all("came first" in words for words in outcomes.values() if words)
     status = nbdeploy.connect("one").status()

@@ -126,7 +126,8 @@ def forwarders(home: Path, toys: Toys) -> Iterator[Forwarders]:
     """The forwarders of an engine whose user has nothing but the printed Role; all end with the test."""
     made = Forwarders(home, settings(toys), {**os.environ, **toys.namespace.environ()})
     yield made
-    made.stop_all()
+    for folder in (home / "clusters" / "cluster").glob("*/"):
+        made.stop(folder.name)
 
 
 def settings(toys: Toys) -> ClusterSettings:
@@ -341,7 +342,7 @@ def test_credentials_are_read_anew(home: Path, toys: Toys, tmp_path: Path) -> No
         wait_until(lambda: refused(*arguments, *server))  # the API server remembers good tokens for some seconds
         assert ask(url)[0] == 200
     finally:
-        forwarders.stop_all()
+        forwarders.stop("toy")
 
 
 def refused(*arguments: str) -> bool:

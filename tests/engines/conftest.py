@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -17,12 +18,13 @@ from nbdeploy.capture import Request, take
 from nbdeploy.capture.arguments import MISSING
 from nbdeploy.engines.base import get_engine
 from nbdeploy.environment import lock, needed
+from nbdeploy.errors import NbdeployError
 from nbdeploy.spec import Autoscaling, Resources, Revision, Status
 from nbdeploy.store import Store
 from tests.conftest import leftovers, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from nbdeploy.engines.base import Engine
@@ -229,6 +231,32 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for key, value in namespace.environ().items():
             patch.setenv(key, value)
         yield from house_of(request.param, folder / "home", settings)
+
+
+def at_once(do: Callable[[int], object], *arguments: int) -> dict[int, str]:
+    """Do something with each argument in a thread of its own, all at one moment; return each one's error, "" for none.
+
+    Args:
+        do: raises NbdeployError where it fails.
+        arguments: one for each thread.
+    """
+    outcomes: dict[int, str] = {}
+    together = threading.Barrier(len(arguments))
+
+    def run(argument: int) -> None:
+        together.wait(30)
+        try:
+            do(argument)
+            outcomes[argument] = ""
+        except NbdeployError as error:
+            outcomes[argument] = str(error)
+
+    threads = [threading.Thread(target=run, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return outcomes
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from nbdeploy.oci.layers import Layer
 from nbdeploy.oci.push import MANIFEST, push
 from nbdeploy.oci.reference import Reference
 from nbdeploy.oci.registry import Registry
+from tests.conftest import wait_until
 from tests.oci.servers import DockerRegistry, Front, FrontHandler, TokenServer
 
 Open = Callable[[str], Registry]
@@ -194,6 +195,29 @@ def test_a_mount_that_is_refused_becomes_a_copy(front: Front, opened: Open) -> N
     assert skopeo("inspect", "--tls-verify=false", "--format", "{{.Digest}}", f"docker://{to}").strip() == whole.digest
 
 
+@pytest.mark.parametrize("status", [403, 404, 405, 500])
+def test_one_refusal_is_enough(front: Front, opened: Open, status: int) -> None:
+    """A repository that nothing may be taken from is not asked again for the next blob: the bytes go, all is well."""
+    front.fail("POST", "from=earlier", lambda handler: handler.answer(status), times=99)
+    layers = [layer(os.urandom(MIB + number)) for number in range(9)]
+    mine, to = image(*layers), Reference.parse(f"{front.host}/team/iris")
+    pushed = push(mine, to, opened, mounts=dict.fromkeys((one.digest for one in layers), "earlier/model"))
+    assert pushed.bytes_sent == sum(one.size for one in layers) + len(mine.config)
+    tries = 4 if status == 500 else 1  # a 500 may pass
+    assert len(front.asked("POST", "from=")) <= 4 * tries  # by the four in flight at most
+
+
+def test_a_hint_costs_nothing_where_the_blob_is_there(front: Front, opened: Open) -> None:
+    """What the repository has is neither mounted nor sent, whatever the hint says."""
+    data, to = os.urandom(2 * MIB), Reference.parse(f"{front.host}/team/iris")
+    push(image(layer(data)), to, opened)
+    second = image(layer(data), layer(b"code"))
+    front.seen.clear()
+    pushed = push(second, to, opened, mounts={digest(data): "nobody/knows"})
+    assert pushed.bytes_sent == 4 + len(second.config)
+    assert not front.asked("POST", "mount=")
+
+
 def test_base_layers_are_copied_between_registries(
     start: Callable[..., DockerRegistry], front: Front, opened: Open
 ) -> None:
@@ -327,6 +351,48 @@ def test_one_failure_ends_the_push(front: Front, opened: Open) -> None:
         push(mine, Reference.parse(f"{front.host}/team/iris:1"), opened)
     assert sent[0] < 200
     assert not front.asked("PUT", "/manifests/")
+
+
+PUSHES = """
+import sys
+from tests.oci.test_push import Layer, Reference, Registry, digest, image, layer, push
+layers = [layer(open(path, "rb").read()) for path in sys.argv[2:]]
+clients = {}
+push(image(*layers), Reference.parse(sys.argv[1]), lambda host: clients.setdefault(host, Registry(host)))
+"""
+
+
+def test_a_killed_push_goes_on_where_it_was(front: Front, opened: Open, tmp_path: Path) -> None:
+    """Killed while its biggest layer was half sent: the next push finds what was finished, and sends that one alone."""
+    paths = [tmp_path / str(size) for size in (20 * MIB, 3 * MIB, 2 * MIB)]
+    for path in paths:
+        path.write_bytes(os.urandom(int(path.name)))
+    half, over = threading.Event(), threading.Event()
+
+    def hold(handler: FrontHandler) -> bool:
+        if int(handler.headers["Content-Length"]) < 20 * MIB:
+            return False
+        handler.take(10 * MIB)
+        half.set()
+        over.wait(60)
+        return handler.cut(0)
+
+    front.fail("PUT", "/uploads/", hold, times=4)
+    to = Reference.parse(f"{front.host}/team/iris")
+    killed = subprocess.Popen([sys.executable, "-c", PUSHES, str(to), *map(str, paths)])
+    biggest, *others = (layer(path.read_bytes()) for path in paths)
+    try:
+        assert half.wait(60)
+        client = opened(front.host)
+        wait_until(lambda: all(client.has_blob(to.repository, one.digest) for one in others))
+    finally:
+        killed.kill()
+        killed.wait(20)
+        over.set()
+    front.faults.clear()
+    mine = image(biggest, *others)
+    pushed = push(mine, to, opened)
+    assert pushed.bytes_sent == biggest.size + len(mine.config)
 
 
 MEMORY = """

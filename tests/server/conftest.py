@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import linecache
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ from nbdeploy.engines.local.layout import Layout
 from nbdeploy.spec import Revision, Serving
 from nbdeploy.store import Store
 from tests.conftest import leftovers, wait_until
+from tests.server.containers import KEY, PROGRAM, Container, taken_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,3 +104,75 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     for name in made:
         engine.delete(name)
     wait_until(lambda: not leftovers(home), 15.0)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Callable[..., tuple[Path, str]]:
+    """Write a Bundle of a cell's functions; returns the Store's folder and the digest."""
+
+    def write(source: str, sample: Any = capture.arguments.MISSING, **names: Any) -> tuple[Path, str]:
+        namespace = cell(source)
+        namespace.update(names)
+        request = capture.Request(
+            predict=namespace["predict"], sample=sample, setup=namespace.get("setup"), folder=tmp_path
+        )
+        store = Store(tmp_path / "store")
+        return tmp_path / "store", store.put_bundle(capture.take(request, store).manifest)
+
+    return write
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Container]]:
+    """Start processes as an image's entrypoint does; all end with the test."""
+    made: list[Container] = []
+
+    def one(
+        made_of: tuple[Path, str],
+        *,
+        python: list[str | Path] | None = None,
+        environment: dict[str, str] | None = None,
+        program: Path = PROGRAM,
+        user: int | None = None,
+        **settings: Any,
+    ) -> Container:
+        store, digest = made_of
+        number = len(made)
+        own = tmp_path / f"tmp{number}"
+        own.mkdir()
+        own.chmod(0o777)
+        port, probes_port = taken_port(), taken_port()
+        variables_ = {
+            "PATH": os.environ["PATH"],
+            "NBDEPLOY_STORE": str(store),
+            "NBDEPLOY_BUNDLE": digest,
+            "NBDEPLOY_UNPACKED": str(own / "nbdeploy"),
+            "NBDEPLOY_HOST": "127.0.0.1",
+            "NBDEPLOY_PORT": str(port),
+            "NBDEPLOY_PROBES_PORT": str(probes_port),
+            "NBDEPLOY_DRAIN_SECONDS": "0",
+            **({"NBDEPLOY_SETTINGS": json.dumps(settings)} if settings else {}),
+            **(environment or {}),
+        }
+        command = [*(python or [sys.executable]), "-I", "-X", "faulthandler", program]
+        log = tmp_path / f"log{number}"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                env=variables_,
+                cwd=own,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                user=user,
+                extra_groups=[] if user else None,
+            )
+        headers = {"authorization": f"Bearer {KEY}"} if settings.get("key_sha256") else {}
+        made.append(Container(process, port, probes_port, log, headers))
+        return made[-1]
+
+    yield one
+    for container in made:
+        if container.process.poll() is None:
+            container.process.kill()
+        container.process.wait(30)

@@ -52,7 +52,8 @@ def forwarders(tmp_path: Path, kubeconfig: Path) -> Iterator[Forwarders]:
     """Forwarders that end with the test and leave no process."""
     made = Forwarders(tmp_path / "home", SETTINGS, {**os.environ, "KUBECONFIG": str(kubeconfig)})
     yield made
-    made.stop_all()
+    for folder in (tmp_path / "home" / "clusters" / "gpu").glob("*/"):
+        made.stop(folder.name)
     wait_until(lambda: not leftovers(tmp_path), 10.0)
 
 

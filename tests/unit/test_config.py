@@ -119,6 +119,23 @@ def test_a_kind_is_an_engine_without_settings() -> None:
         Settings().engine("kubernets")
 
 
+def test_words_on_engines_name_the_file(notebooks: Path, user_config: Path) -> None:
+    """An unknown engine, or one whose settings lack something: how to choose another, and which file to mend."""
+    with pytest.raises(UsageError, match=r"--engine NAME.*\[engines.gpu\].*in .*config\.toml"):
+        settings(notebooks, {}).engine("gpu")
+    write(notebooks / "nbdeploy.toml", '[engines.gpu]\nkind = "kubernetes"\n')
+    found = settings(notebooks, {})
+    with pytest.raises(ConfigError) as known, found.located("gpu"):
+        raise ConfigError("engines.gpu.registry is missing")
+    here = notebooks / "nbdeploy.toml"
+    assert str(known.value) == f"engines.gpu.registry is missing. The settings of gpu are in {here}."
+    with pytest.raises(ConfigError) as unknown, found.located("kubernetes"):
+        raise ConfigError("engines.kubernetes.registry is missing.")
+    assert str(unknown.value).endswith(
+        f"The settings of kubernetes belong into {user_config}. There are settings for gpu: --engine gpu"
+    )
+
+
 def test_an_engine_named_as_a_kind_needs_no_kind(notebooks: Path) -> None:
     """[engines.kubernetes] is of the kind kubernetes, and cannot be another."""
     write(notebooks / "nbdeploy.toml", '[engines.kubernetes]\nnamespace = "models"\n')

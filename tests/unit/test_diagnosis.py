@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from nbdeploy_server.failure import last_words
 
-from nbdeploy.engines.kubernetes.diagnosis import Snapshot, complete, diagnose, newest_pods, unready
+from nbdeploy.engines.kubernetes.diagnosis import Snapshot, complete, diagnose, given_up, newest_pods, unready
 from nbdeploy.engines.kubernetes.finding import seconds
 
 RECORDED = Path(__file__).with_name("recorded")
@@ -235,6 +235,20 @@ def test_a_gpu_type_that_no_node_has() -> None:
     assert "kubectl get nodes -L nvidia.com/gpu.product" in words
 
 
+def test_a_wait_that_is_given_up() -> None:
+    """After all patience the words say for how long it was waited, why no node fits and what to do; not "it waits"."""
+    data = recorded("no-gpu")
+    finding = diagnose(snapshot(data), now=later(data))
+    assert finding is not None
+    assert "It waits" in finding.words
+    after = given_up(finding, 300.0)
+    assert after.fatal
+    assert after.words.startswith("Given up after 5 minutes without a node that fits. No node takes a Replica of ")
+    assert "--gpu" in after.words
+    assert "Deploy again asking for less, or ask who runs the cluster for such a node." in after.words
+    assert "waits" not in after.words
+
+
 def test_growing_cluster() -> None:
     """While a node is being added that is told; when the autoscaler gives up, that is."""
     data = recorded("no-gpu")
@@ -324,7 +338,7 @@ def test_deadline_tells_what_was_in_the_way() -> None:
     data = json.loads((RECORDED / "no-gpu.json").read_text(encoding="utf-8"))
     row, fatal, words = found(data)
     assert (row, fatal) == ("no-gpu", True)
-    assert "within 20 seconds" in words
+    assert "Given up after 20 s" in words
     assert found(json.loads((RECORDED / "readiness.json").read_text(encoding="utf-8")))[0] == "deadline"
 
 

@@ -118,7 +118,12 @@ def test_a_worker_that_dies_without_a_word(job: Job, sleeper: subprocess.Popen[b
     assert next(follower).step == "locked"
     sleeper.kill()
     last = next(follower)
-    assert (last.seq, last.step, last.state, last.data) == (2, "job", "failed", {"error": "DeployError"})
+    assert (last.seq, last.step, last.state, last.data) == (
+        2,
+        "job",
+        "failed",
+        {"error": "DeployError", "killed": True},
+    )
     assert "MemoryError: no room" in last.detail
     assert list(follower) == []
     with child:

@@ -8,6 +8,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from nbdeploy_server import listening
 
 from nbdeploy.engines.kubernetes.manifests import (
     Workload,
@@ -191,7 +192,8 @@ def test_probes_and_grace() -> None:
     assert {probe["httpGet"]["port"] for probe in probes} == {"probes"}
     assert [probe["httpGet"]["path"] for probe in probes] == ["/readyz", "/readyz", "/livez"]
     assert [(probe["periodSeconds"], probe["failureThreshold"]) for probe in probes] == [(1, 1200), (5, 6), (20, 3)]
-    assert spec["terminationGracePeriodSeconds"] == 3 + 13 + 10
+    assert spec["terminationGracePeriodSeconds"] == listening.LONGEST * 3 + 13 + 10
+    assert {"name": "NBDEPLOY_DRAIN_SECONDS", "value": "3"} in container["env"]
     assert "lifecycle" not in container
     assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
@@ -209,13 +211,12 @@ def test_resources() -> None:
 
 
 def test_memory_request() -> None:
-    """Without a size, there is room for the weights twice, for the server, for CUDA, and for what was measured."""
+    """Without a size, there is room for the weights twice, for the server and for CUDA."""
     assert memory_request(0, 0) == 512 << 20
     assert memory_request(3 << 30, 0) == (6 << 30) + (512 << 20)
     assert memory_request(0, 1) == (2 << 30) + (512 << 20)
     assert memory_request(1, 0) % (128 << 20) == 0
     assert memory_request(1, 0) > memory_request(0, 0)
-    assert memory_request(0, 0, resident_bytes=2 << 30) == 3 << 30
 
 
 def test_gpu_placement() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
 import os
 import secrets
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,68 +19,15 @@ from nbdeploy.engines.kubernetes.connecting import MOUNTED
 from nbdeploy.engines.kubernetes.diagnosis import Snapshot
 from nbdeploy.engines.kubernetes.publish import publish
 from nbdeploy.engines.kubernetes.record import Kept, Record
+from nbdeploy.engines.kubernetes.roots import Root, await_gone, find_root, read_key, read_root
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
-from nbdeploy.engines.kubernetes.workload import Workload, memory_request, object_name, selector
+from nbdeploy.engines.kubernetes.workload import Workload, label_selector, memory_request, object_name
 from nbdeploy.errors import EngineError, NbdeployError
 from nbdeploy.spec import Revision
 
 ROLLOUT_SECONDS = 6 * 3600.0  # at most; the Deployment's own deadline is shorter, and starts anew with each progress
-GONE_SECONDS = 60.0  # seconds for a deleted record to be gone
 LAST_LINES = 80  # read of a Replica that did not come up
 _KEY_BYTES = 24  # of randomness in a key, as the local engine has
-
-
-@dataclass(frozen=True)
-class Root:
-    """The record of an Endpoint as it was read.
-
-    Attributes:
-        record: empty where there is none.
-        uid, version: of its ConfigMap; "" where there is none.
-    """
-
-    record: Record
-    uid: str = ""
-    version: str = ""
-
-
-def find_root(client: Client, name: str) -> dict[str, Any] | None:
-    """Return the root ConfigMap of an Endpoint; None also for one that is being deleted."""
-    found = client.get("ConfigMap", object_name(name))
-    return None if found is None or found["metadata"].get("deletionTimestamp") else found
-
-
-def await_gone(client: Client, name: str) -> None:
-    """Wait until a root ConfigMap that is being deleted is gone. Raises EngineError where something holds it."""
-    limit = time.monotonic() + GONE_SECONDS
-    while client.get("ConfigMap", object_name(name)) is not None:
-        if time.monotonic() > limit:
-            raise EngineError(
-                f"The ConfigMap {object_name(name)} of {name} does not go. `kubectl describe configmap "
-                f"{object_name(name)}` tells what holds it."
-            )
-        time.sleep(0.1)
-
-
-def read_root(client: Client, name: str) -> Root:
-    """Read the record of an Endpoint; one that is being deleted is waited for."""
-    found = find_root(client, name)
-    if found is None:
-        await_gone(client, name)
-        return Root(Record(name))
-    metadata = found["metadata"]
-    return Root(record.read(found), metadata["uid"], metadata["resourceVersion"])
-
-
-def read_key(client: Client, name: str) -> str:
-    """Return the key in the Endpoint's Secret, "" where there is none."""
-    found = client.get("Secret", f"{object_name(name)}-key")
-    return base64.b64decode((found or {}).get("data", {}).get("key", "")).decode("ascii")
-
-
-def label_selector(name: str) -> str:
-    """Return the selector of an Endpoint's objects as the API takes it."""
-    return ",".join(f"{key}={value}" for key, value in selector(name).items())
 
 
 class Applying:
@@ -98,10 +42,16 @@ class Applying:
         self._drain = drain
         self._patience = patience
 
-    def run(self, revision: Revision, bundle: Bundle | None) -> str:
+    def run(self, revision: Revision, bundle: Bundle | None, *, on_applied: Callable[[], None] | None = None) -> str:
         """Return the Endpoint's key once the Revision serves; what served before goes on where it does not.
 
-        Raises EngineError in words.
+        Args:
+            revision: what is to be.
+            bundle: its Bundle, unless the Replicas of an earlier Revision stay as they are.
+            on_applied: called once every object is there, before the roll-out is waited for.
+
+        Raises:
+            EngineError: in words.
         """
         before = read_root(self._client, revision.name)
         _refuse_late(before.record, revision)
@@ -115,7 +65,10 @@ class Applying:
                 self._client.apply(
                     manifests.key_secret(revision.name, self._client.namespace, root.uid, key, owner=revision.owner)
                 )
-            self._follow(root, key, self._apply(root, bundle, key))
+            made = self._apply(root, bundle, key)
+            if on_applied is not None:
+                on_applied()
+            self._follow(root, key, made)
             self._commit(root, revision.number)
         except BaseException as error:
             if not self._settled(before, root) and isinstance(error, EngineError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import socket
@@ -11,20 +10,17 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nbdeploy.engines.kubernetes import access, capacity
+from nbdeploy.engines.kubernetes import access, capacity, preflight
 from nbdeploy.engines.kubernetes.client import Asked, Client, ForbiddenError
 from nbdeploy.engines.kubernetes.publish import repository
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
-from nbdeploy.errors import ConfigError, EngineError, NbdeployError, RegistryError, UsageError
-from nbdeploy.oci.base import base_of, default_base
+from nbdeploy.errors import EngineError, NbdeployError, RegistryError
 from nbdeploy.oci.registry import Registry
 from nbdeploy.oci.transport import without_login
 
 OK, MISSING, NOTE = "ok", "missing", "note"
-_PROBE = b"nbdeploy cluster check\n"  # a blob of 23 bytes, the same each time
 _VIOLATES = re.compile(r'would violate PodSecurity "(\w+):')
 
 
@@ -47,14 +43,13 @@ class Row:
         return {"check": self.check, "state": self.state, "detail": self.words}
 
 
-def rows(settings: ClusterSettings, cache: Path) -> Iterator[Row]:
+def rows(settings: ClusterSettings) -> Iterator[Row]:
     """Yield what is found, in a fixed order, each as soon as it and those before it are known.
 
     Where the cluster cannot be reached, or does not know us, the rest of its checks are left out.
 
     Args:
         settings: of the engine.
-        cache: private folder for what is learnt of the cluster.
     """
     elsewhere = (("registry push", _push), ("base image", _base))
     inside: tuple[tuple[str, _Check], ...] = (
@@ -70,7 +65,7 @@ def rows(settings: ClusterSettings, cache: Path) -> Iterator[Row]:
     )
     with contextlib.ExitStack() as stack:
         try:
-            client = Client.connect(settings, cache)
+            client = Client.connect(settings)
             stack.callback(client.close)
             first = _cluster(client, settings)
         except NbdeployError as error:
@@ -122,35 +117,26 @@ def _access(client: Client, settings: ClusterSettings) -> Row:
 
 
 def _push(_client: Any, settings: ClusterSettings) -> Row:
-    try:
-        to = repository(settings, "nbdeploy-check")
-    except UsageError as error:
-        raise ConfigError(f"engines.{settings.name}.registry is {settings.registry!r}: {error}") from error
+    place = preflight.Place(settings)
+    to = preflight.target(place, "nbdeploy-check")
     with contextlib.closing(Registry(to.host)) as registry:
-        digest = f"sha256:{hashlib.sha256(_PROBE).hexdigest()}"
-        registry.upload(to.repository, digest, len(_PROBE), lambda: iter((_PROBE,)))
-    return Row("", OK, f"{len(_PROBE)} bytes went to {to} (a few bytes stay there)")
+        try:
+            preflight.push_begins(place, to, registry)
+        except RegistryError as error:
+            if not (preflight.unmade(to) and preflight.is_absent(error)):
+                raise
+            words = f"{to.host} is there and knows you, and wants the repository of each Endpoint made before a push"
+            return Row("", NOTE, f"{words}: {preflight.unmade(repository(settings, 'endpoint'))}")
+    return Row("", OK, f"{to.host} lets you begin a push to {to.repository} (nothing was left there)")
 
 
 def _base(_client: Any, settings: ClusterSettings) -> Row:
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    name = settings.base_image or default_base(python)
-    with contextlib.ExitStack() as stack:
-        try:
-            found = base_of(
-                name,
-                settings.platform,
-                lambda host: stack.enter_context(contextlib.closing(Registry(host))),
-                python=python,
-            )
-        except RegistryError as error:
-            if settings.base_image:
-                raise
-            raise RegistryError(
-                f"{name} cannot be had: {str(error).rstrip('.')}. Another is named by base_image in "
-                f"[engines.{settings.name}], for example a copy in your own registry"
-            ) from error
+    place = preflight.Place(settings)
+    name = preflight.base_reference(place)
+    with contextlib.closing(Registry(name.host)) as registry:
+        found = preflight.base_there(place, registry)
     size = sum(layer.size for layer in found.layers) / 1e6
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return Row("", OK, f"{name} for {settings.platform}, Python {python}, {size:.0f} MB")
 
 
@@ -197,7 +183,7 @@ def _gpus(client: Client, _settings: ClusterSettings) -> Row:
 
 
 def _autoscaling(client: Client, _settings: ClusterSettings) -> Row:
-    groups = client.groups(fresh=True)
+    groups = client.groups()
     parts = {
         "keda.sh": "KEDA",
         "custom.metrics.k8s.io": "custom metrics",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import datetime as dt
 import os
 import threading
 import time
@@ -12,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nbdeploy.engines.kubernetes.login import log_in
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.errors import EngineError
 
@@ -106,7 +105,7 @@ def _kubeconfig(settings: ClusterSettings, environ: Mapping[str, str]) -> Connec
     name = _context(merger, paths, settings)
     configuration = Configuration()
     try:
-        expires = _login(merger, name, paths)
+        expires = log_in(merger, name, _told(paths))
         loader = KubeConfigLoader(
             merger.config, active_context=name, config_base_path=None, config_persister=merger.save_changes
         )
@@ -165,50 +164,6 @@ def _context(merger: Any, paths: list[Path], settings: ClusterSettings) -> str:
         where = f"engines.{settings.name}.context" if settings.context else "the current context"
         raise EngineError(f"{where} is {name!r}, which {_told(paths)} does not know. {listed}.")
     return str(name)
-
-
-def _login(merger: Any, context: str, paths: list[Path]) -> float:
-    """Run the login program (exec plugin) of the context's user, if it has one; return when its token ends, or 0.
-
-    The package runs it too, but swallows its failure; so what it answers is put where the package looks first.
-    """
-    from kubernetes.config import ConfigException
-    from kubernetes.config.dateutil import parse_rfc3339
-    from kubernetes.config.exec_provider import ExecProvider
-    from kubernetes.config.kube_config import ConfigNode
-
-    entry = merger.config["contexts"].get_with_name(context)["context"]
-    users = merger.config.value["users"]
-    at = next((i for i, user in enumerate(users) if user.value.get("name") == entry.safe_get("user")), None)
-    if at is None or not (users[at].value.get("user") or {}).get("exec"):
-        return 0.0
-    user = users[at]["user"]
-    command = str(user.value["exec"].get("command", ""))
-    folder = str(Path(user.path).resolve().parent) if user.path else ""
-    cluster = merger.config["clusters"].get_with_name(entry["cluster"])["cluster"]
-    try:
-        status = ExecProvider(user["exec"], folder, cluster).run()
-    except (FileNotFoundError, PermissionError) as error:
-        hint = user.value["exec"].get("installHint", "")
-        raise EngineError(
-            f"The context {context!r} of {_told(paths)} logs in through the program {command!r}, which this machine "
-            f"cannot run ({error.strerror}). Install it, and see that the notebook's PATH has it. {hint}".strip()
-        ) from error
-    except ConfigException as error:
-        raise EngineError(
-            f"The login program {command!r} of the context {context!r} failed: {_plain(error)}. Run "
-            f"kubectl --context {context} get pods in a terminal: it asks what the program wants to know."
-        ) from error
-    given = {key: value for key, value in user.value.items() if key != "exec"}
-    if "token" in status:
-        given["token"] = status["token"]
-    if "clientCertificateData" in status:
-        given["client-certificate-data"] = base64.b64encode(status["clientCertificateData"].encode()).decode()
-        given["client-key-data"] = base64.b64encode(status["clientKeyData"].encode()).decode()
-    users[at] = ConfigNode(users[at].name, {"name": users[at].value["name"], "user": given}, users[at].path)
-    ends = status.get("expirationTimestamp")
-    when: dt.datetime | None = parse_rfc3339(ends) if ends else None
-    return when.timestamp() if when else 0.0
 
 
 def _told(paths: list[Path]) -> str:

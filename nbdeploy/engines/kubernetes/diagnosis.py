@@ -9,10 +9,10 @@ from typing import Any
 
 from nbdeploy.engines.kubernetes.crashes import ended, lost, restarted
 from nbdeploy.engines.kubernetes.finding import Case, Finding, condition, seconds
-from nbdeploy.engines.kubernetes.placement import refused, unplaced
+from nbdeploy.engines.kubernetes.placement import given_up, refused, unplaced
 from nbdeploy.engines.kubernetes.pulling import unmade
 
-__all__ = ["Finding", "Snapshot", "complete", "diagnose", "newest_pods", "unready"]
+__all__ = ["Finding", "Snapshot", "complete", "diagnose", "given_up", "newest_pods", "unready"]
 
 Thing = Mapping[str, Any]
 
@@ -191,6 +191,8 @@ def _overdue(snapshot: Snapshot, known: Finding | None) -> Finding | None:
     limit = (snapshot.deployment or {"spec": {}})["spec"].get("progressDeadlineSeconds", 600)
     while_ = f"{limit / 60:.0f} minutes" if limit >= 120 else f"{limit} seconds"  # noqa: PLR2004 - so that none reads 0 or 1
     words = f"The Replicas of {_name(snapshot)} did not all become ready within {while_}."
+    if known is not None and known.cause:
+        return given_up(known, limit)
     if known is not None:
         return dataclasses.replace(known, words=f"{words} {known.words}", fatal=True)
     return Finding("deadline", f"{words} nbdeploy logs {_name(snapshot)} shows what the last ones printed.", fatal=True)

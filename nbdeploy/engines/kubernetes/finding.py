@@ -20,12 +20,15 @@ class Finding:
         words: cause, object and next step, for a data scientist.
         fatal: waiting cannot help.
         pod: name of the pod, or "".
+        cause, way_out: of a wait for a node: why none fits, and what to do once it is not waited for any longer.
     """
 
     row: str
     words: str
     fatal: bool
     pod: str = ""
+    cause: str = ""
+    way_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Case:
     def found(self, row: str, words: str, *, fatal: bool) -> Finding:
         """Return a finding on this pod."""
         return Finding(row, words, fatal, self.pod_name)
+
+    def waits(self, row: str, cause: str, meanwhile: str, way_out: str) -> Finding:
+        """Return the finding that this pod waits for a node; `meanwhile` is what is said while it does."""
+        return Finding(row, f"{cause} {meanwhile}", False, self.pod_name, cause, way_out)
 
 
 def condition(thing: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

@@ -44,16 +44,9 @@ KINDS = {
         Kind("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
         Kind("networking.k8s.io", "v1", "ingresses", "Ingress"),
         Kind("gateway.networking.k8s.io", "v1", "httproutes", "HTTPRoute"),
-        Kind("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler"),
     )
 }
 """Each by its name."""
-
-
-def kind_of(name: str) -> Kind:
-    """Return a kind by its name or its plural; of one that is not in KINDS, a core kind of that plural."""
-    plurals = {kind.plural: kind for kind in KINDS.values()}
-    return KINDS.get(name) or plurals.get(name) or Kind("", "v1", name, "")
 
 
 def path_of(kind: Kind, namespace: str, name: str = "") -> str:

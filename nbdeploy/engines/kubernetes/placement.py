@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -113,27 +114,44 @@ def unplaced(case: Case) -> Finding | None:
         kind = "A GPU node" if gpus else "A node"
         return case.found("scale-up", f"{kind} is being added for {case.name} ({waits:.0f} s so far).", fatal=False)
     if gpus and case.holders:
-        words = (
+        cause = (
             f"No spare GPU for {case.name}: its old version holds {'it' if len(case.holders) == 1 else 'them'} "
-            f"({', '.join(case.holders)}), and ends only when the new one is ready. It waits until a GPU is free. To "
-            f"replace it in place instead, run nbdeploy stop {case.name} and deploy again: it is down for about as "
+            f"({', '.join(case.holders)}), and ends only when the new one is ready."
+        )
+        way_out = (
+            f"To replace it in place instead, run nbdeploy stop {case.name} and deploy again: it is down for about as "
             "long as its last load took."
         )
-        return case.found("gpu-held", words, fatal=False)
+        return case.waits("gpu-held", cause, f"It waits until a GPU is free. {way_out}", way_out)
     claim = re.search(r'persistentvolumeclaim "([^"]+)" not found', message)
     if claim:
-        words = f"The volume {claim[1]} that a Replica of {case.name} asks for is not there. {_ASK}."
-        return case.found("unschedulable", words, fatal=False)
+        cause = f"The volume {claim[1]} that a Replica of {case.name} asks for is not there."
+        return case.waits("unschedulable", cause, f"{_ASK}.", f"{_ASK}.")
     why = "; ".join(_reasons(case, message)) or sentence(message)
     more = " The cluster's autoscaler adds no node for it." if case.event("NotTriggerScaleUp") else ""
-    next_step = "It waits for room; ask for less, or for such a node."
-    if "not as asked for (--gpu-type" in why:
-        next_step = (
-            "It waits for such a node, nbdeploy cancel ends that; kubectl get nodes -L nvidia.com/gpu.product lists "
-            "the types there are."
-        )
-    words = f"No node takes a Replica of {case.name}: {why}.{more} {next_step}"
-    return case.found("no-gpu" if gpus else "unschedulable", words, fatal=False)
+    meanwhile = "It waits for room; ask for less, or for such a node."
+    listed = "kubectl get nodes -L nvidia.com/gpu.product lists the types there are."
+    if typed := "not as asked for (--gpu-type" in why:
+        meanwhile = f"It waits for such a node, nbdeploy cancel ends that; {listed}"
+    way_out = (
+        f"Deploy again {'with another --gpu-type' if typed else 'asking for less'}, or ask who runs the cluster for "
+        f"such a node. {listed if typed else 'nbdeploy cluster check tells what its nodes have.'}"
+    )
+    cause = f"No node takes a Replica of {case.name}: {why}.{more}"
+    return case.waits("no-gpu" if gpus else "unschedulable", cause, meanwhile, way_out)
+
+
+def given_up(finding: Finding, waited: float) -> Finding:
+    """Return the finding of a node that is not waited for any longer.
+
+    Args:
+        finding: one that has a cause.
+        waited: seconds.
+    """
+    minutes = waited >= 120  # noqa: PLR2004 - so that none reads 0 or 1
+    span = f"{waited / 60:.0f} minutes" if minutes else f"{waited:.0f} s"
+    words = f"Given up after {span} without a node that fits. {finding.cause} {finding.way_out}"
+    return dataclasses.replace(finding, words=words, fatal=True)
 
 
 def _grows(case: Case) -> bool:

@@ -7,12 +7,22 @@ import math
 import re
 from typing import Any
 
-from nbdeploy.engines.kubernetes.workload import PROBES_PORT, USERS_PORT, Workload, label_value, labels, selector
+from nbdeploy.engines.kubernetes.workload import (
+    CONTAINER,
+    PROBES_PORT,
+    USERS_PORT,
+    Workload,
+    label_value,
+    labels,
+    selector,
+)
+from nbdeploy.oci.image import USER
 from nbdeploy.spec import memory_bytes
 
-_USER = 10001
+_USER, _GROUP = map(int, USER.split(":"))
 _MIB, _GIB = 2**20, 2**30
 _STARTUP = 1200  # seconds to unpack, load and warm up
+_LONGEST_DRAIN = 3  # times `drain` that a Replica takes connections where callers go on to come: listening.LONGEST
 _STEPS_DOWN = 10  # seconds from the last answer to the end of the process, beyond drain and timeout
 _NODE_LOST = 30  # seconds on a node that is gone until a successor starts elsewhere; Kubernetes' own default is 300
 _SPOT = (
@@ -35,12 +45,14 @@ def template(workload: Workload) -> dict[str, Any]:
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "shareProcessNamespace": True,  # the server is not PID 1: its own signals end it, and orphans are reaped
-        "terminationGracePeriodSeconds": workload.drain + math.ceil(workload.serving.timeout) + _STEPS_DOWN,
+        "terminationGracePeriodSeconds": _LONGEST_DRAIN * workload.drain
+        + math.ceil(workload.serving.timeout)
+        + _STEPS_DOWN,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": _USER,
-            "runAsGroup": _USER,
-            "fsGroup": _USER,
+            "runAsGroup": _GROUP,
+            "fsGroup": _GROUP,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "tolerations": _tolerations(workload),
@@ -68,7 +80,7 @@ def template(workload: Workload) -> dict[str, Any]:
 
 def _container(workload: Workload) -> dict[str, Any]:
     return {
-        "name": "server",
+        "name": CONTAINER,
         "image": workload.image,
         "imagePullPolicy": "IfNotPresent",
         "ports": [

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from nbdeploy.bundle import Bundle
 from nbdeploy.engines.base import OnProgress
@@ -13,10 +14,13 @@ from nbdeploy.engines.kubernetes.settings import PLATFORMS, ClusterSettings
 from nbdeploy.errors import ConfigError
 from nbdeploy.oci import base as bases
 from nbdeploy.oci import image, packages
+from nbdeploy.oci.notes import LARGE, Notes
 from nbdeploy.oci.push import Pushed, push
 from nbdeploy.oci.reference import Reference
-from nbdeploy.oci.registry import Registry
+from nbdeploy.oci.registry import OpenRegistry, Registry
 from nbdeploy.spec import Revision
+
+_FRESH = 600.0  # seconds for which the word of `preflight` on the base counts: it was asked for this very deploy
 
 
 def repository(settings: ClusterSettings, name: str) -> Reference:
@@ -28,6 +32,20 @@ def repository(settings: ClusterSettings, name: str) -> Reference:
             '"registry.example.com/team"'
         )
     return Reference.parse(f"{settings.registry.rstrip('/')}/{name}")
+
+
+def base_name(settings: ClusterSettings, wanted: str, python: str) -> str:
+    """Return the name of the base image: what the deploy wants, else what is set, else the official one."""
+    return wanted or settings.base_image or bases.default_base(python)
+
+
+def notes_of(home: Path) -> Path:
+    """Return the folder of the notes on registries."""
+    return home / "registries"
+
+
+class _Say(Protocol):
+    def __call__(self, words: str, data: Mapping[str, Any] | None = None, /) -> None: ...
 
 
 def publish(
@@ -57,33 +75,53 @@ def publish(
         def open_registry(host: str) -> Registry:
             return stack.enter_context(contextlib.closing(Registry(host)))
 
-        manifest = bundle.manifest
-        python = str(manifest.requires["python"])
-        say("looking for the base image")
-        base = bases.base_of(
-            revision.base_image or settings.base_image or bases.default_base(python),
-            settings.platform,
-            open_registry,
-            python=python,
-        )
-        environment = packages.layers(
-            manifest.distributions,
-            stack.enter_context(bundle.wheels()),
-            bundle.store.root / "environments",
-            python=python,
-            platform=PLATFORMS[settings.platform],
-            gpus=revision.resources.gpus,
-            torch_index=settings.torch_index,
-            on_progress=say,
-        )
-        if environment.note:
-            say(environment.note, {"state": "note"})
-        made = image.build(bundle, base, environment.layers)
+        wheels = stack.enter_context(bundle.wheels())  # layers may be read from them until they are sent
+        made = _image(bundle, wheels, revision, settings, open_registry, say)
+        notes = Notes(notes_of(bundle.store.root.parent), to.host)
+        large = [layer.digest for layer in made.layers if layer.size >= LARGE]
+        elsewhere = {digest: source for digest in large if (source := notes.source(digest)) not in {"", to.repository}}
         before = Reference.parse(previous) if previous else None
         same = before is not None and (before.host, before.repository) == (to.host, to.repository)
-        done = push(made, to, open_registry, previous=before.digest if before and same else "", on_progress=say)
+        last = before.digest if before and same else ""
+        done = push(made, to, open_registry, previous=last, mounts=elsewhere, on_progress=say)
+        notes.got(to.repository, large)
     say(told(done, made.size), {"state": "done"})
     return str(to.pinned(done.digest))
+
+
+def _image(
+    bundle: Bundle,
+    wheels: Path | None,
+    revision: Revision,
+    settings: ClusterSettings,
+    open_registry: OpenRegistry,
+    say: _Say,
+) -> image.Image:
+    """Return the Image; its base is looked up, its packages are made."""
+    manifest = bundle.manifest
+    python = str(manifest.requires["python"])
+    say("looking for the base image")
+    base = bases.base_of(
+        base_name(settings, revision.base_image, python),
+        settings.platform,
+        open_registry,
+        python=python,
+        notes=notes_of(bundle.store.root.parent),
+        fresh=_FRESH,
+    )
+    environment = packages.layers(
+        manifest.distributions,
+        wheels,
+        bundle.store.root / "environments",
+        python=python,
+        platform=PLATFORMS[settings.platform],
+        gpus=revision.resources.gpus,
+        torch_index=settings.torch_index,
+        on_progress=say,
+    )
+    if environment.note:
+        say(environment.note, {"state": "note"})
+    return image.build(bundle, base, environment.layers)
 
 
 def told(pushed: Pushed, size: int) -> str:

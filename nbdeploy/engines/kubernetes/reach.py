@@ -4,11 +4,13 @@ through a forwarder, a process on this machine that outlives kernels and pods.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,13 +18,12 @@ from nbdeploy.engines.kubernetes import manifests
 from nbdeploy.engines.kubernetes.credentials import environment
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.engines.kubernetes.state import State
-from nbdeploy.engines.kubernetes.workload import object_name
+from nbdeploy.engines.kubernetes.workload import USERS_PORT, object_name
 from nbdeploy.engines.loopback import PortTakenError, bound
 from nbdeploy.errors import EngineError, UsageError
 from nbdeploy.process import Identity, clean_environment, kernel_path, launch, let_go
 from nbdeploy.spec import label
 
-POD_PORT = 8080
 START_TIMEOUT = 20.0  # seconds for a forwarder to listen, on a busy machine
 _RELEASE = 0.5  # seconds to wait for a port
 _LOG = 1 << 18  # bytes of a log that a next forwarder still appends to
@@ -86,6 +87,31 @@ class Forwarders:
                 self._start(name, target, listener.fileno())
             return self.url(name)
 
+    @contextlib.contextmanager
+    def ahead(self, name: str, namespace: str, *, port: int = 0) -> Iterator[Callable[[], None]]:
+        """Give what starts a forwarder beside other work, which is over when the block is left.
+
+        It is for an Endpoint that is about to be reached: its process takes seconds to start. One that runs is left
+        alone, and so is a URL that another port would change; whoever calls `ensure` next hears of what failed here.
+
+        Args:
+            name: of the Endpoint.
+            namespace: its Service is in.
+            port: as for `ensure`.
+        """
+
+        def start() -> None:
+            with contextlib.suppress(EngineError, OSError):
+                if not self.alive(name) and port in {0, self._state.port(name) or port}:
+                    self.ensure(name, namespace, port=port)
+
+        starter = threading.Thread(target=start, name=f"nbdeploy-forwarder-{name}", daemon=True)
+        try:
+            yield starter.start
+        finally:
+            if starter.ident is not None:
+                starter.join()
+
     def stop(self, name: str) -> bool:
         """End the forwarder of an Endpoint: connecting is refused. Its port stays its own. False if none ran."""
         with self._state.locked():
@@ -96,12 +122,6 @@ class Forwarders:
         with self._state.locked():
             self._stop(_checked(name))
             self._state.remove(name)
-
-    def stop_all(self) -> None:
-        """End the forwarders of all Endpoints of the engine."""
-        with self._state.locked():
-            for name in self._state.names():
-                self._stop(name)
 
     def _stop(self, name: str) -> bool:
         identity, port = self._state.forwarder(name), self._state.port(name)
@@ -121,7 +141,7 @@ class Forwarders:
             "context": self._settings.context,
             "namespace": namespace,
             "service": object_name(name),
-            "port": POD_PORT,
+            "port": USERS_PORT,
         }
 
     def _start(self, name: str, target: Mapping[str, Any], listener: int) -> None:

@@ -73,7 +73,6 @@ class Record:
         kept: oldest first, the one that is being rolled out included.
         serving: number of the Revision that is to be; 0 before the first one serves.
         under_way: number of the Revision that is being rolled out; 0 if none is.
-        last: highest number ever given, so that a failed Revision's number is not given again.
     """
 
     name: str
@@ -82,12 +81,6 @@ class Record:
     kept: tuple[Kept, ...] = ()
     serving: int = 0
     under_way: int = 0
-    last: int = 0
-
-    @property
-    def next_number(self) -> int:
-        """Number of the next Revision."""
-        return max([self.last, self.serving, self.under_way, *(row.revision.number for row in self.kept)]) + 1
 
     def find(self, number: int) -> Kept | None:
         """Return what is kept of a Revision, or None."""
@@ -124,7 +117,6 @@ class Record:
             notebook=kept.revision.notebook,
             kept=rows,
             under_way=number,
-            last=max(self.last, number),
         )
 
     def committed(self, number: int) -> Record:

@@ -144,11 +144,11 @@ def _reason(error: BaseException) -> str:
 
 
 def unreadable(server: str, body: bytes) -> EngineError:
-    """Return the error that tells of an answer that is no JSON."""
+    """Return the error that tells of an answer that no API server gives."""
     start = body[:100].decode(errors="replace").strip()
     return EngineError(
-        f"{server} answered with something else than JSON ({start!r}): it is no API server, or a login page or a proxy "
-        "stands before it."
+        f"{server} answered, but not as an API server does ({start!r}): it is no API server, or a login page or a "
+        "proxy stands before it."
     )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from nbdeploy.engines.kubernetes.diagnosis import Finding, Snapshot, complete, diagnose, newest_pods
+from nbdeploy.engines.kubernetes.diagnosis import Finding, Snapshot, complete, diagnose, given_up, newest_pods
 from nbdeploy.errors import EngineError
 
 PATIENCE = 300.0  # seconds on end without a fitting node and without one being added, until a roll-out is given up
@@ -46,7 +46,9 @@ def follow(
         finding = diagnose(snapshot, now=time.time(), weights=weights)
         waits_since = (waits_since or time.monotonic()) if finding and finding.row in _WAITS_FOR_NODE else 0.0
         waits = time.monotonic() - waits_since if waits_since else 0.0
-        if finding is not None and (finding.fatal or waits > patience):
+        if finding is not None and waits > patience:
+            finding = given_up(finding, waits)
+        if finding is not None and finding.fatal:
             raise EngineError(finding.words + _printed(finding, last_lines))
         told = finding.words if finding is not None else progress(snapshot)
         if told != words:

@@ -54,9 +54,28 @@ def _phase(
         return Phase.PENDING, trouble or f"{words} {name}"
     if deployment is None:
         return Phase.FAILED, f"somebody removed its Deployment; nbdeploy start {name} makes it again"
+    under_way = _under_way(summary, deployment)
     if not ready:
-        return (Phase.FAILED, trouble) if trouble else (Phase.STARTING, "no replica is ready yet")
-    under_way = f"revision {summary.under_way} is being rolled out" if summary.under_way else ""
-    fewer = (trouble or "the others are starting") if ready < desired else ""
-    parts = [under_way, f"{ready} of {desired} replicas are ready: {fewer}" if fewer else ""]
-    return Phase.READY, "; ".join(part for part in parts if part)
+        reasons = (trouble or "no replica is ready yet", under_way)
+        return Phase.FAILED if trouble else Phase.STARTING, "; ".join(filter(None, reasons))
+    fewer = (
+        f"{ready} of {desired} replicas are ready: {trouble or 'the others are starting'}" if ready < desired else ""
+    )
+    return Phase.READY, "; ".join(filter(None, (under_way, fewer)))
+
+
+def _under_way(summary: Summary, deployment: Mapping[str, Any]) -> str:
+    """Say that a Revision is being rolled out, or is so already; who drives it cannot be seen from here."""
+    number = summary.under_way
+    if not number:
+        return ""
+    spec, counts = deployment.get("spec", {}), deployment.get("status", {})
+    made_of = ((spec.get("template") or {}).get("metadata") or {}).get("labels") or {}
+    wanted = spec.get("replicas", 0)
+    seen = counts.get("observedGeneration", 0) >= deployment.get("metadata", {}).get("generation", 0)
+    there = {counts.get(key, 0) for key in ("replicas", "updatedReplicas", "availableReplicas")} == {wanted}
+    answers = seen and there and made_of.get("nbdeploy.dev/revision") == str(number)
+    return (
+        f"revision {number} {'answers, but its deploy has not ended' if answers else 'is being rolled out'} (if that "
+        f"deploy was ended half-way, deploy again, or go back: nbdeploy rollback {summary.name} {summary.serving})"
+    )

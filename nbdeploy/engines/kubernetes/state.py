@@ -29,10 +29,6 @@ class State:
         """Folder of one Endpoint."""
         return self._engine / name
 
-    def names(self) -> list[str]:
-        """Return the Endpoints that have, or had, a forwarder."""
-        return sorted(path.parent.name for path in self._engine.glob("*/forwarder.json"))
-
     def read(self, name: str) -> dict[str, Any]:
         """Return {"port", "identity", "target"}; {} where there never was a forwarder, or its file is damaged."""
         try:

@@ -12,9 +12,16 @@ _CHUNK = 65536  # bytes
 
 
 class Stream:
-    """The open answer to one request."""
+    """The open answer to one request.
+
+    Attributes:
+        rest: after `lines`, what came behind the last newline.
+        cut: the answer did not come to its own end: it broke off, was silent for too long, or was stopped.
+    """
 
     def __init__(self, response: Any, on_end: Callable[[Stream], None]) -> None:
+        self.rest = b""
+        self.cut = True
         self._response = response
         self._on_end = on_end
         self._stopped = threading.Event()
@@ -22,21 +29,27 @@ class Stream:
         self._socket: socket.socket | None = getattr(response.connection, "sock", None)
 
     def lines(self) -> Iterator[bytes]:
-        """Yield lines without their newline until the answer ends, is stopped, or breaks off."""
+        """Yield whole lines without their newline until the answer ends, is stopped, or breaks off."""
         import urllib3
 
         rest = b""
         try:
-            for chunk in self._response.stream(_CHUNK, decode_content=True):
+            for chunk in self._chunks():
                 *lines, rest = (rest + chunk).split(b"\n")
                 yield from lines
-            if rest and not self._stopped.is_set():
-                yield rest
+            if not self._stopped.is_set():
+                self.rest, self.cut = rest, False
         except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError):
             # cut, silent for too long, or stopped: urllib3 then meets a socket that is closed under its hands
             return
         finally:
             self.stop()
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield bytes as they come; where they are not chunked, urllib3's own `stream` would wait for a whole block."""
+        if self._response.chunked:
+            return iter(self._response.stream(_CHUNK, decode_content=True))
+        return iter(lambda: self._response.read1(_CHUNK, decode_content=True), b"")
 
     def stop(self) -> None:
         """End it; a thread that waits for the next line gets none."""

@@ -1,4 +1,4 @@
-"""What happens to one Endpoint's objects and in its pods' logs, followed through the client's open answers."""
+"""What happens to one Endpoint's objects, followed through the client's open answers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from nbdeploy.errors import EngineError
 if TYPE_CHECKING:
     from nbdeploy.engines.kubernetes.client import Client
 
-CONTAINER = "server"  # of our pods
 _FOLLOWED = ("Deployment", "ReplicaSet", "Pod", "Event")
-_WATCH_SECONDS = 240  # that one watch lasts; servers end them after some minutes anyway
+_WATCH_SECONDS = 60  # that one watch lasts: one that something on the way has stalled is told by nothing else
 _SLACK_SECONDS = 15.0  # that the server may be late in ending it
 _TICK_SECONDS = 1.0  # a Snapshot comes at least this often
-_LOG_SECONDS = 300.0  # that a log may be silent before it is asked for again
-_GONE = 410
 
 
 def snapshots(client: Client, selector: str, *, seconds: float) -> Generator[Snapshot, None, None]:
@@ -43,8 +40,9 @@ def snapshots(client: Client, selector: str, *, seconds: float) -> Generator[Sna
     finally:
         for follower in followers:
             follower.stop()
+        limit = time.monotonic() + _SLACK_SECONDS
         for follower in followers:
-            follower.join(_SLACK_SECONDS)
+            follower.join(max(0.0, limit - time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -181,62 +179,21 @@ class _Follower(threading.Thread):
         }
         read = _WATCH_SECONDS + _SLACK_SECONDS
         self._stream = stream = self._client.stream(self._path, self._asked("watch"), query=query, read=read)
-        if stream is None or self._stopped.is_set():
-            self.stop()
+        if stream is None:  # 410: the version is too old; whatever else it is, a list tells
             return ""
-        for line in stream.lines():
-            try:
+        if self._stopped.is_set():  # before it could stop this stream
+            stream.stop()
+        try:
+            for line in stream.lines():
                 event = json.loads(line)
-            except ValueError:  # cut off in mid-line by something on the way
-                return version
-            kind, obj = event["type"], event["object"]
-            if kind == "ERROR":
-                return ""  # 410: the version is too old; whatever else it is, a list tells
-            version = str(obj["metadata"]["resourceVersion"])
-            if kind != "BOOKMARK":
-                self._told.put(_Change(self._kind.kind, (obj,), gone=kind == "DELETED"))
+                kind, obj = event["type"], event["object"]
+                if kind == "ERROR":  # 410 again, told later
+                    return ""
+                version = str(obj["metadata"]["resourceVersion"])
+                if kind != "BOOKMARK":
+                    self._told.put(_Change(self._kind.kind, (obj,), gone=kind == "DELETED"))
+        except ValueError:  # not of an API server: something on the way
+            return version
+        finally:
+            stream.stop()
         return version
-
-
-def log_lines(
-    client: Client, pod: str, *, follow: bool, tail: int | None, previous: bool
-) -> Generator[tuple[str, str], None, None]:
-    """Yield (time, line) of a pod's server; see Client.logs."""
-    path = f"{path_of(KINDS['Pod'], client.namespace, pod)}/log"
-    asked = Asked("get", "", "pods/log", pod, client.namespace)
-    query = {
-        "container": CONTAINER,
-        "timestamps": "true",
-        "follow": "true" if follow else "",
-        "previous": "true" if previous else "",
-        "tailLines": "" if tail is None else str(tail),
-    }
-    last = resumed = ""
-    while True:
-        stream = client.stream(path, asked, query=query, read=_LOG_SECONDS)
-        if stream is not None:
-            try:
-                for line in stream.lines():
-                    when, _, text = line.decode(errors="replace").partition(" ")
-                    if not resumed or _exact(when) > resumed:  # lines of the last second come once more
-                        yield when, text
-                    last = max(last, _exact(when))
-            finally:
-                stream.stop()
-        if not follow or client.closed or _over(client, pod):
-            return
-        resumed = last
-        query |= {"sinceTime": last[:19] + "Z", "tailLines": ""} if last else {}
-        time.sleep(_TICK_SECONDS)
-
-
-def _exact(when: str) -> str:
-    """Return a time with nine digits behind the second, so that times compare: zeros at the end are left out."""
-    seconds, _, rest = when.rstrip("Z").partition(".")
-    return f"{seconds}.{rest:0<9}"
-
-
-def _over(client: Client, pod: str) -> bool:
-    """Tell whether a pod will print no more."""
-    found = client.get("Pod", pod)
-    return found is None or found.get("status", {}).get("phase") in {"Succeeded", "Failed"}

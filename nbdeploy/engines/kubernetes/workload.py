@@ -14,7 +14,9 @@ from nbdeploy.spec import Resources, Serving
 MANAGER = "nbdeploy"
 """Field manager of everything applied, and the value of the managed-by label."""
 
+CONTAINER = "server"  # of our pods
 USERS_PORT, PROBES_PORT = 8080, 9090
+DRAIN = 10  # seconds until every proxy of a cluster has heard that a Replica ends
 
 _MIB = 2**20
 _LABEL = 63  # characters of a label's value or of a Service's name
@@ -39,6 +41,11 @@ def label_value(text: str) -> str:
 def selector(name: str) -> dict[str, str]:
     """Return the labels that select an Endpoint's objects and pods; they never change."""
     return {"app.kubernetes.io/instance": object_name(name), "app.kubernetes.io/managed-by": MANAGER}
+
+
+def label_selector(name: str) -> str:
+    """Return the same as the API takes it in a query."""
+    return ",".join(f"{key}={value}" for key, value in selector(name).items())
 
 
 def labels(name: str, owner: str, number: int = 0) -> dict[str, str]:
@@ -70,15 +77,14 @@ def reference(name: str, uid: str) -> list[dict[str, Any]]:
     ]
 
 
-def memory_request(weights_bytes: int, gpus: int, *, resident_bytes: int = 0) -> int:
+def memory_request(weights_bytes: int, gpus: int) -> int:
     """Return the memory in bytes that a Replica gets where none is asked for.
 
     Args:
         weights_bytes: of all weights; twice, because a load may hold them once as file and once as tensors.
         gpus: CUDA keeps a context in the host's memory for each process.
-        resident_bytes: as measured when the Bundle answered in a process of its own; 0 if it never did.
     """
-    need = max(2 * weights_bytes + _OURS, resident_bytes * 3 // 2) + (_CUDA if gpus else 0)
+    need = 2 * weights_bytes + _OURS + (_CUDA if gpus else 0)
     return -(-need // _STEP) * _STEP
 
 
@@ -126,6 +132,6 @@ class Workload:
     foreign_secrets: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)
     from_namespaces: tuple[str, ...] = ()
-    drain: int = 10
+    drain: int = DRAIN
     in_place: bool = False
     settings: ClusterSettings = field(default_factory=ClusterSettings)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdeploy.bundle import Bundle
-from nbdeploy.engines.base import OnProgress
+from nbdeploy.engines.base import OnProgress, check_fixed_number
 from nbdeploy.engines.local.layout import Launch, Layout, SupervisorRecord
 from nbdeploy.engines.local.logfile import read
 from nbdeploy.engines.loopback import bound
@@ -145,12 +145,7 @@ class LocalEngine:
 
     def check(self, revision: Revision) -> None:
         """Refuse what this Engine cannot run."""
-        scaling = revision.autoscaling
-        if scaling.min_replicas < 1 or scaling.max_replicas > max(1, scaling.min_replicas):
-            raise UsageError(
-                "The local engine runs a fixed number of Replicas in this version: give --min and --max the same "
-                f"number, 1 or more (asked for: {scaling.min_replicas} to {scaling.max_replicas})."
-            )
+        check_fixed_number("local", revision)
         if revision.base_image:
             raise UsageError(
                 "--base-image is for engines that run containers; the local engine runs Replicas in the notebook's own "
