@@ -19,9 +19,10 @@ alive() {
 }
 
 port_holders() { # pids of programs that are not ours on ports that we need
-  local pid
+  local pid line
   for pid in $(ss -Hltnp '( sport = :2379 or sport = :5000 or sport = :6443 )' | grep -oE 'pid=[0-9]+' | sort -u); do
-    grep -qF "$home/" "/proc/${pid#pid=}/cmdline" 2>/dev/null || echo "${pid#pid=}"
+    line=$(tr '\0' ' ' 2>/dev/null <"/proc/${pid#pid=}/cmdline") || continue
+    case $line in "" | *"$home/"*) ;; *) echo "${pid#pid=}" ;; esac # one that is ending has no command line any more
   done
 }
 
