@@ -10,7 +10,9 @@
   fails.
 - listing many Endpoints. Goals: a constant number of requests, 2 s.
 
-Needs what the tests of the cluster need (Linux, root); the cluster is brought up and ended where none is up.
+Needs what the tests of the cluster need (Linux, root); the cluster is brought up and ended where none is up. Where the
+tests' own kubernetes-validate is installed, the package kubernetes imports it, which takes each deploy a second that
+users do not have.
 """
 
 from __future__ import annotations
@@ -211,7 +213,7 @@ def listing(place: running.Namespace, count: int) -> dict[str, Any]:
             Revision(name, one, f"sha256:{one:064x}", owner="ada", notebook=f"/n/{name}.ipynb") for one in range(1, 11)
         ]
         known = Record(
-            name, "ada", f"/n/{name}.ipynb", tuple(Kept(one, image, one.number) for one in revisions), 10, 0, 10
+            name, "ada", f"/n/{name}.ipynb", tuple(Kept(one, image, one.number) for one in revisions), 10, 0
         )
         uid = client.apply(record.root(known, place.name))["metadata"]["uid"]
         workload = Workload(name, place.name, 10, image, uid, replicas=0, owner="ada")
