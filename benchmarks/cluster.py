@@ -212,9 +212,7 @@ def listing(place: running.Namespace, count: int) -> dict[str, Any]:
         revisions = [
             Revision(name, one, f"sha256:{one:064x}", owner="ada", notebook=f"/n/{name}.ipynb") for one in range(1, 11)
         ]
-        known = Record(
-            name, "ada", f"/n/{name}.ipynb", tuple(Kept(one, image, one.number) for one in revisions), 10, 0
-        )
+        known = Record(name, "ada", f"/n/{name}.ipynb", tuple(Kept(one, image, one.number) for one in revisions), 10, 0)
         uid = client.apply(record.root(known, place.name))["metadata"]["uid"]
         workload = Workload(name, place.name, 10, image, uid, replicas=0, owner="ada")
         client.apply(manifests.objects(workload)[-1])
