@@ -27,7 +27,17 @@ RELAY = Path(__file__).with_name("relay.py")
 PROJECT = Path(__file__).parents[2]
 CERTIFICATES = Path("/etc/ssl/certs")
 ME = "/home/me"  # of the pod: the only place beside /tmp that can be written to
-PASSED_ON = ("UV_", "PIP_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")  # how packages are had here
+PASSED_ON = (  # how packages are had here, as far as it names no folder of this machine
+    "UV_INDEX",
+    "UV_DEFAULT_INDEX",
+    "UV_EXTRA_INDEX",
+    "UV_NATIVE_TLS",
+    "UV_SYSTEM_CERTS",
+    "SSL_CERT_",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+)
 STEPS_SECONDS = 200.0  # for cells
 # A virtual environment as a notebook has, that holds what the tests' own environment holds.
 START = f"""
