@@ -65,10 +65,13 @@ def _echo_json(data: Any) -> None:
 def list_endpoints(engine: str | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags by name
     """List Endpoints."""
     from nbdeploy import states
+    from nbdeploy.config import home
+    from nbdeploy.jobs import jobs_of
     from nbdeploy.survey import survey
 
     found, silent = survey(engine)
-    rows = [states.row(status, name) for name, status in found]
+    jobs = jobs_of(home())
+    rows = [states.row(status, name, jobs.get((status.name, name), [])) for name, status in found]
     if as_json:
         _echo_json(rows)
     elif rows:
@@ -136,15 +139,9 @@ def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT00
     if as_json:
         _echo_json(row)
         return
-    lines = [
-        ("phase", f"{row['phase']}{' · ' + row['reason'] if row['reason'] else ''}"),
-        ("notebook", row["notebook"]),
-        ("deploy", f"{row['job']['step']} (job {row['job']['id']})" if row["job"] else ""),
-    ]
-    lines[1:1] = (
-        []
-        if only_a_job
-        else [
+    lines = [("phase", f"{row['phase']}{' · ' + row['reason'] if row['reason'] else ''}")]
+    if not only_a_job:
+        lines += [
             ("url", row["url"]),
             ("revision", str(row["revision"])),
             ("replicas", f"{row['replicas']['ready']} of {row['replicas']['desired']} ready"),
@@ -152,7 +149,10 @@ def status(name: str, engine: str | None, as_json: bool) -> None:  # noqa: FBT00
             ("memory", f"{row['memory_bytes'] / 1e6:.0f} MB" if row["memory_bytes"] else ""),
             ("key", f"nbdeploy key {name}" if row["key_file"] else "none (public)"),
         ]
-    )
+    lines += [
+        ("notebook", row["notebook"]),
+        ("deploy", f"{row['job']['step']} (job {row['job']['id']})" if row["job"] else ""),
+    ]
     click.echo(f"{row['name']} · {row['engine']}")
     for title, value in lines:
         if value:

@@ -227,6 +227,11 @@ def resolve(
     return result.stdout
 
 
+def minor() -> str:
+    """Return the minor version of this Python, "3.11"."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
 def patched(python: str) -> str:
     """Return this Python's full version for its own minor: uv reads "3.11" as 3.11.0, which some packages refuse."""
     here = sys.version.split()[0]

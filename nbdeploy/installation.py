@@ -85,7 +85,7 @@ def installed(
 
     Raises DeployError with uv's reason where a package cannot be had or installed.
     """
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    python = environment.minor()
     server = server_source()
     here = [sys.platform, platform.machine(), sys.base_prefix, platform.python_version()]
     sources = {name: hashlib.sha256(data).hexdigest() for name, data in server.items()}

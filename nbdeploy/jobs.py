@@ -14,15 +14,15 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from nbdeploy.private import write_private
 from nbdeploy.process import Identity
 
 STEPS = ("captured", "locked", "verified", "pushed", "starting", "ready")
@@ -83,9 +83,9 @@ class Job:
         folder = home / "jobs" / name
         folder.mkdir(mode=0o700, parents=True)
         job = cls(folder)
-        _write_private(folder / "job.json", json.dumps(spec))
+        write_private(folder / "job.json", json.dumps(spec).encode())
         if secret_values:
-            _write_private(folder / "secrets.json", json.dumps(secret_values))
+            write_private(folder / "secrets.json", json.dumps(secret_values).encode())
         (folder / "events.jsonl").touch(mode=0o600)
         _prune(home)
         return job
@@ -118,7 +118,7 @@ class Job:
 
     def record_worker(self, identity: Identity) -> None:
         """Remember who works on this Job."""
-        _write_private(self.folder / "worker.json", json.dumps(identity.to_json()))
+        write_private(self.folder / "worker.json", json.dumps(identity.to_json()).encode())
 
     def worker(self) -> Identity | None:
         """Who works on this Job, if anyone has begun."""
@@ -162,7 +162,7 @@ class Job:
         if identity is None:
             (self.folder / "child.json").unlink(missing_ok=True)
         else:
-            _write_private(self.folder / "child.json", json.dumps(identity.to_json()))
+            write_private(self.folder / "child.json", json.dumps(identity.to_json()).encode())
 
     def ended(self) -> bool:
         """Whether its log says that it is over."""
@@ -282,10 +282,13 @@ def running_job(home: Path, name: str, engine: str | None = None) -> Job | None:
 
 def last_job(home: Path, name: str, engine: str | None = None) -> Job | None:
     """Return the newest Job of an Endpoint, the one under way if there is one; one found dead has its end written."""
+    return last_of(job for job in all_jobs(home) if job.is_of(name, engine))
+
+
+def last_of(jobs: Iterable[Job]) -> Job | None:
+    """Return of an Endpoint's Jobs, newest first, the one that `last_job` means."""
     newest: Job | None = None
-    for job in all_jobs(home):
-        if not job.is_of(name, engine):
-            continue
+    for job in jobs:
         if job.running():
             return job
         job.bury_if_dead()
@@ -293,17 +296,17 @@ def last_job(home: Path, name: str, engine: str | None = None) -> Job | None:
     return newest
 
 
+def jobs_of(home: Path) -> dict[tuple[str, str], list[Job]]:
+    """Return the Jobs of each Endpoint, newest first, by its name and its engine's."""
+    found: dict[tuple[str, str], list[Job]] = {}
+    for job in all_jobs(home):
+        spec = job.spec
+        found.setdefault((spec["name"], spec["engine"]), []).append(job)
+    return found
+
+
 def _prune(home: Path) -> None:
     for job in all_jobs(home)[KEPT:]:
         if not job.running():
             job.bury("failed", "The worker of this deploy was killed.", "DeployError")
             shutil.rmtree(job.folder, ignore_errors=True)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    partial.rename(path)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nbdeploy.config import home
-from nbdeploy.jobs import Job, all_jobs, last_job
+from nbdeploy.jobs import Job, all_jobs, last_job, last_of
 from nbdeploy.spec import Phase, Status
 
 
-def row(status: Status, engine: str) -> dict[str, Any]:
-    """Return what `status --json` prints of an Endpoint; its engine cannot know who drives a roll-out."""
+def row(status: Status, engine: str, jobs: Sequence[Job] | None = None) -> dict[str, Any]:
+    """Return what `status --json` prints of an Endpoint; its engine cannot know who drives a roll-out.
+
+    Args:
+        status: from the engine.
+        engine: its name.
+        jobs: of this Endpoint, newest first; None reads them, which takes milliseconds: a listing reads all once.
+    """
     found = status.to_json()
     found["job"] = None
-    job = last_job(home(), status.name, engine)
+    job = last_job(home(), status.name, engine) if jobs is None else last_of(jobs)
     if job is None:
         return found
     if job.running():

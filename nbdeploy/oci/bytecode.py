@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from nbdeploy_server.bundle import canonical
 
+from nbdeploy import environment
 from nbdeploy.errors import StoreError
 from nbdeploy.installation import IDLE, Progress
 from nbdeploy.oci.layers import Archive, Entry, Layer, packed, stored
@@ -72,7 +73,7 @@ def layers(owned: Callable[[], Owned], server: Sequence[Entry], folder: Path, py
 
     Raises StoreError where the archives cannot be read or written.
     """
-    if sys.implementation.name != "cpython" or python != f"{sys.version_info.major}.{sys.version_info.minor}":
+    if sys.implementation.name != "cpython" or python != environment.minor():
         return []
     own = Group("bytecode of the server", _modules(server))
     note = folder / f"{_key([])}.json"

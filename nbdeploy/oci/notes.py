@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import time
 import urllib.parse
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from nbdeploy.errors import UsageError
 from nbdeploy.oci.reference import Reference
+from nbdeploy.private import write_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,16 +88,10 @@ class Notes:
 
     def _write(self, kind: str, key: str, data: bytes) -> None:
         folder = self._folder / kind
-        partial = folder / f".{secrets.token_hex(8)}"
         with contextlib.suppress(OSError):  # a full disk must not fail a deploy that needs no note
             for one in (folder.parent.parent, folder.parent, folder):
                 one.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(data)
-                partial.replace(folder / key)
-            except OSError:
-                partial.unlink(missing_ok=True)
+            write_private(folder / key, data)
 
     def _prune(self, kind: str) -> None:
         """Remove the oldest notes beyond what is kept; what a killed write left behind grows old too."""

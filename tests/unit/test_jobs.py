@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nbdeploy.jobs import KEPT, STARTING, Event, Job, Journal, all_jobs, running_job
+from nbdeploy.jobs import KEPT, STARTING, Event, Job, Journal, all_jobs, jobs_of, running_job
 from nbdeploy.process import Identity
 from tests.conftest import wait_until
 
@@ -175,6 +175,14 @@ def test_running_job(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     assert found.id == under_way.id
     assert running_job(tmp_path, "one", "cluster") is None
     assert running_job(tmp_path, "other") is None
+
+
+def test_jobs_of_all_endpoints(tmp_path: Path) -> None:
+    """A listing reads the Jobs once: those of each Endpoint, newest first."""
+    first, second = (Job.create(tmp_path, dict(SPEC), {}) for _ in range(2))
+    other = Job.create(tmp_path, {**SPEC, "engine": "cluster"}, {})
+    found = {whose: [job.id for job in jobs] for whose, jobs in jobs_of(tmp_path).items()}
+    assert found == {("one", "local"): [second.id, first.id], ("one", "cluster"): [other.id]}
 
 
 def test_foreign_folders_are_left_out(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from nbdeploy import environment
 from nbdeploy.engines.kubernetes import access, capacity, preflight
 from nbdeploy.engines.kubernetes.client import Asked, Client, ForbiddenError
 from nbdeploy.engines.kubernetes.publish import repository
@@ -136,8 +136,7 @@ def _base(_client: Any, settings: ClusterSettings) -> Row:
     with contextlib.closing(Registry(name.host)) as registry:
         found = preflight.base_there(place, registry)
     size = sum(layer.size for layer in found.layers) / 1e6
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return Row("", OK, f"{name} for {settings.platform}, Python {python}, {size:.0f} MB")
+    return Row("", OK, f"{name} for {settings.platform}, Python {environment.minor()}, {size:.0f} MB")
 
 
 def _pull(client: Client, settings: ClusterSettings) -> Row:

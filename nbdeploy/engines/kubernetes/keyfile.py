@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from pathlib import Path
 
 from nbdeploy.engines.kubernetes.client import Client
 from nbdeploy.engines.kubernetes.record import Summary
 from nbdeploy.engines.kubernetes.roots import read_key
 from nbdeploy.errors import EngineError
+from nbdeploy.private import write_private
 
 
 class KeyFiles:
@@ -40,7 +39,4 @@ class KeyFiles:
         folder = self._folder / name
         for one in (folder.parent.parent, folder.parent, folder):
             one.mkdir(mode=0o700, exist_ok=True)
-        partial = folder / f".key.{secrets.token_hex(4)}"
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(key)
-        partial.replace(folder / "key")
+        write_private(folder / "key", key.encode("ascii"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from nbdeploy import config
+from nbdeploy import config, environment
 from nbdeploy.engines.kubernetes.publish import base_name, notes_of, repository
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.errors import ConfigError, RegistryError, UsageError
@@ -105,7 +104,7 @@ def target(place: Place, name: str) -> Reference:
 def base_reference(place: Place) -> Reference:
     """Return the name of the base image. Raises ConfigError where it cannot be one."""
     try:
-        return Reference.parse(base_name(place.settings, place.base_image, _python()))
+        return Reference.parse(base_name(place.settings, place.base_image, environment.minor()))
     except UsageError as error:
         raise ConfigError(f"{_whose(place)} It names no image: {error}") from error
 
@@ -125,7 +124,9 @@ def base_there(place: Place, registry: Registry, *, notes: Path | None = None) -
     """Return the base image, for the platform and this Python. Raises RegistryError."""
     reference = base_reference(place)
     try:
-        return base_of(str(reference), place.settings.platform, lambda _host: registry, python=_python(), notes=notes)
+        return base_of(
+            str(reference), place.settings.platform, lambda _host: registry, python=environment.minor(), notes=notes
+        )
     except UndecidedError:
         raise
     except RegistryError as error:
@@ -187,10 +188,5 @@ def _whose(place: Place) -> str:
         return f"The base image is {place.base_image!r}: --base-image of this deploy."
     if settings.base_image:
         return f"The base image is {settings.base_image!r}: {place.named('base_image')}."
-    name = base_name(settings, "", _python())
+    name = base_name(settings, "", environment.minor())
     return f"The base image is {name}, unless {place.named('base_image')} names another, such as a copy of your own."
-
-
-def _python() -> str:
-    """Return the minor version of Python that the notebook runs."""
-    return f"{sys.version_info.major}.{sys.version_info.minor}"

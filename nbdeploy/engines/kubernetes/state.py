@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdeploy.errors import EngineError
+from nbdeploy.private import write_private
 from nbdeploy.process import Identity
 
 LOCK_TIMEOUT = 30.0  # seconds; what is done under the lock takes less than one
@@ -53,11 +52,7 @@ class State:
         data: dict[str, Any] = {"port": port}
         if identity is not None:
             data |= {"identity": identity.to_json(), "target": dict(target)}
-        folder = self.folder(name)
-        partial = folder / f".forwarder.{secrets.token_hex(4)}"
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        partial.replace(folder / "forwarder.json")
+        write_private(self.folder(name) / "forwarder.json", json.dumps(data).encode())
 
     def create(self, name: str) -> Path:
         """Make the folder of an Endpoint, under the lock."""

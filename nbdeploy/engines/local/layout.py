@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nbdeploy.errors import EngineError
+from nbdeploy.private import write_private
 from nbdeploy.process import Identity
 from nbdeploy.spec import Revision
 
@@ -102,12 +103,7 @@ class Layout:
         self._write_text(file, json.dumps(data))
 
     def _write_text(self, file: str, text: str) -> None:
-        path = self.folder / file
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-        partial.rename(path)
+        write_private(self.folder / file, text.encode())
 
     def revisions(self) -> list[Revision]:
         """Return the Revisions that came to serve (or were a stop), oldest first."""
