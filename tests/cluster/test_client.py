@@ -115,6 +115,14 @@ def test_objects_come_and_go(client: Client) -> None:
     wait_until(lambda: client.get("ConfigMap", "a") is None)
 
 
+def test_what_owns_nothing_goes_at_once(client: Client) -> None:
+    """No garbage collector is waited for: the object is gone when `delete` returns, and may be made again."""
+    for _ in range(10):
+        client.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a", "labels": LABELS}})
+        assert client.delete("Secret", "a")
+        assert client.get("Secret", "a") is None
+
+
 def test_kinds_that_the_cluster_lacks(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind that is not installed there are no objects; applying one says what is missing."""
     unknown = dataclasses.replace(KINDS["HTTPRoute"], version="v9")  # v1 may be there: tests/cluster/test_routes.py

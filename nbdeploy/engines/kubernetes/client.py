@@ -25,6 +25,7 @@ __all__ = [
     "UnavailableError",
 ]
 
+_OWNERS = {"ConfigMap", "Deployment", "ReplicaSet"}
 _METADATA = f"application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,{JSON}"
 
 
@@ -111,12 +112,13 @@ class Client(Session):
         return self.ask("POST", path, asked, query=query, body=obj, repeatable=False) or {}
 
     def delete(self, kind: str, name: str, *, uid: str = "") -> bool:
-        """Delete an object and, before it, all that it owns; False where it is not there.
+        """Delete an object and all that it owns; False where it is not there. With a `uid` only that very object.
 
-        It is gone once `get` finds it no more. With a `uid` only that very object is deleted.
+        One that may own others goes after them, so it is gone once `get` finds it no more. All others go at once: for
+        their kind the cluster's garbage collector may take half a minute to learn that there is such a kind at all.
         """
         found = KINDS[kind]
-        body: dict[str, Any] = {"propagationPolicy": "Foreground"}
+        body: dict[str, Any] = {"propagationPolicy": "Foreground" if kind in _OWNERS else "Background"}
         if uid:
             body["preconditions"] = {"uid": uid}
         asked = Asked("delete", found.group, found.plural, name, self.namespace)
