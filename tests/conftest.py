@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytest_plugins = ["tests.cluster.plugin"]  # fixtures of the test cluster
-DEADLINE = 60.0  # seconds that anything may take on a busy machine
+DEADLINE = 120.0  # seconds that anything may take on a busy machine
 
 
 def pytest_configure() -> None:
@@ -68,7 +68,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             worker.end()
     for endpoint in endpoints("local"):
         endpoint.delete()
-    wait_until(lambda: not leftovers(folder), 15.0)
+    wait_until(lambda: not leftovers(folder))
     left = sorted((folder / "endpoints").glob("*")) if (folder / "endpoints").is_dir() else []
     assert left == []
 
@@ -80,7 +80,7 @@ class Kernel:
         self.manager = manager
         self.client = client
 
-    def run(self, code: str, seconds: float = 120.0) -> Output:
+    def run(self, code: str, seconds: float = 300.0) -> Output:
         """Run a cell and return what it gave."""
         output = Output()
         reply = self.client.execute_interactive(

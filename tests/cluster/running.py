@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ PROGRAM = Path(__file__).with_name("cluster")
 NODES = 2
 GPUS = 2  # of node1; none has a driver
 BUILD_SECONDS = 3600.0  # everything from nothing on a slow machine
+PATIENCE = 600.0  # for servers to start or end on a machine that has other work to do
 BASE_IMAGE = "127.0.0.1:5000/base:1"
 ACCOUNT = "deployer"
 _numbers = itertools.count()
@@ -104,6 +106,14 @@ class Namespace:
         """Run kubectl as administrator in this namespace and return what it printed."""
         return self.cluster.kubectl("-n", self.name, *arguments, input=input)
 
+    def in_force(self, kind: str, name: str) -> None:
+        """Wait until the API server reckons with a quota: one that no controller has looked at refuses nothing."""
+        limit = time.monotonic() + PATIENCE
+        while kind == "ResourceQuota" and "used" not in self.cluster.get("-n", self.name, kind, name).get("status", {}):
+            if time.monotonic() > limit:
+                pytest.fail(f"no controller took up the quota {name} within {PATIENCE:.0f} s", pytrace=False)
+            time.sleep(0.2)
+
     def environ(self) -> dict[str, str]:
         """Return the variables that lead a client here."""
         return {"KUBECONFIG": str(self.kubeconfig)}
@@ -127,8 +137,8 @@ def use() -> Cluster:
     """Return the cluster; one that is not up is brought up, until the last process that uses it ends."""
     _locks.append(users())
     fcntl.flock(_locks[-1], fcntl.LOCK_SH)
-    run_program("lend", str(NODES))
-    run_program("base-image")
+    run_program("lend", str(NODES), seconds=PATIENCE)
+    run_program("base-image", seconds=PATIENCE)
     run_program("gpus", "1", str(GPUS))
     return Cluster(state() / "admin.kubeconfig")
 
@@ -151,7 +161,7 @@ def give_back() -> str:
             fcntl.flock(file, fcntl.LOCK_SH)
             if state().exists():
                 return ""
-        done = subprocess.run([PROGRAM, "down"], capture_output=True, text=True, timeout=120.0, check=False)
+        done = subprocess.run([PROGRAM, "down"], capture_output=True, text=True, timeout=PATIENCE, check=False)
     return done.stdout + done.stderr if done.returncode else ""
 
 

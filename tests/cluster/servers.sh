@@ -15,7 +15,7 @@ alive() {
   local file
   [ -e "$home/pid/coredns" ] || return 1
   for file in "$home"/pid/*; do ours "${file##*/}" || return 1; done
-  wait_for 15 kubectl get --raw /readyz 2>/dev/null # a busy machine's may be late
+  wait_for 60 kubectl get --raw /readyz 2>/dev/null # a busy machine's may be late
 }
 
 port_holders() { # pids of programs that are not ours on ports that we need
@@ -119,7 +119,7 @@ start_controllers() { # with more requests a second than the defaults allow, so 
     --kubeconfig="$home/controller.kubeconfig" --leader-elect=false --use-service-account-credentials \
     --service-account-private-key-file="$home/pki/sa.key" --root-ca-file="$home/pki/ca.crt" \
     --cluster-signing-cert-file="$home/pki/ca.crt" --cluster-signing-key-file="$home/pki/ca.key" --horizontal-pod-autoscaler-sync-period=5s \
-    --node-monitor-grace-period="${CLUSTER_NODE_GRACE:-16s}" --node-monitor-period=2s --kube-api-qps=200 --kube-api-burst=400
+    --node-monitor-grace-period="${CLUSTER_NODE_GRACE:-60s}" --node-monitor-period=2s --kube-api-qps=200 --kube-api-burst=400
   run kube-scheduler "$kubenode" kube-scheduler --kubeconfig="$home/scheduler.kubeconfig" --leader-elect=false --kube-api-qps=200 --kube-api-burst=400
 }
 
@@ -292,7 +292,7 @@ end_servers() {
   done
   mount | awk -v home="$home/" 'index($3, home) == 1 {print $3}' | sort -r | while read -r file; do umount -l "$file"; done
   [ -n "$(port_holders)" ] || clean_machine
-  rm -rf "$home"
+  rm -rf "$home" || true # `leftovers` tells
 }
 
 clean_machine() { # what kubelets, proxies and plugins leave in places that all clusters share

@@ -13,6 +13,7 @@ from nbdeploy.cluster_cli import cluster as command
 from nbdeploy.engines.kubernetes import capacity, checking
 from nbdeploy.errors import ConfigError
 from tests.cluster.running import Namespace
+from tests.conftest import wait_until
 
 
 def run(*arguments: str) -> Result:
@@ -46,12 +47,13 @@ def test_all_is_there(on_cluster: Namespace) -> None:
     assert "nodes may not be listed" in found["GPUs"]["detail"]
     assert found["quota"]["detail"] == "no ResourceQuota and no LimitRange"
     listed = json.loads(on_cluster.kubectl("get", "deploy,configmap,pod", "-o", "json"))["items"]
-    assert [one["metadata"]["name"] for one in listed] == ["kube-root-ca.crt"]
+    assert {one["metadata"]["name"] for one in listed} <= {"kube-root-ca.crt"}
 
 
 def test_missing_right(on_cluster: Namespace) -> None:
     """Without its Role the account is told what to paste; the rest is still checked."""
     on_cluster.kubectl("delete", "role,rolebinding", "--all")
+    wait_until(lambda: rows()["access"]["state"] == "missing")
     result = run()
     assert result.exit_code == 1
     assert "✗ access" in result.output
@@ -118,11 +120,13 @@ def test_quota_in_words(on_cluster: Namespace) -> None:
     spec = {"limits": [{"type": "Container", "max": {"memory": "4Gi"}}]}
     limit = {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "small"}, "spec": spec}
     on_cluster.kubectl("apply", "-f", "-", input=json.dumps(limit))
+    on_cluster.in_force("ResourceQuota", "team")
     found = rows()["quota"]
     assert found["state"] == "ok"
     assert "pods 0 of 10" in found["detail"]
     assert "a Container has at most memory 4Gi" in found["detail"]
     on_cluster.kubectl("create", "quota", "none", "--hard=pods=0")
+    on_cluster.in_force("ResourceQuota", "none")
     found = rows()["quota"]
     assert found["state"] == "missing"
     assert "Used up: pods (0 of 0)" in found["detail"]

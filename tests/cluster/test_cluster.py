@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.running import GPUS, NODES, PROGRAM, state
+from tests.cluster.running import GPUS, NODES, PATIENCE, PROGRAM, state
 
 if TYPE_CHECKING:
     from tests.cluster.running import Cluster, Namespace
@@ -101,9 +101,9 @@ def test_pod_is_reached_by_service_and_name(namespace: Namespace) -> None:
     web["nodeSelector"], asks["nodeSelector"] = {"kubernetes.io/hostname": "node1"}, {"kubernetes.io/hostname": "node2"}
     served = [named("Pod", "web", web), named("Service", "web", service)]
     namespace.kubectl("apply", "-f", "-", input="\n---\n".join(map(json.dumps, served)))
-    namespace.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
+    namespace.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=180s")
     namespace.kubectl("apply", "-f", "-", input=json.dumps(named("Pod", "asks", asks)))
-    namespace.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/asks", "--timeout=60s")
+    namespace.kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/asks", "--timeout=180s")
     assert namespace.kubectl("logs", "asks").split()[-1] == "200"
     address = namespace.kubectl("get", "service", "web", "-o", "jsonpath={.spec.clusterIP}")
     with urllib.request.urlopen(f"http://{address}/decoder.py", timeout=20.0) as answer:
@@ -168,5 +168,5 @@ def test_nodes_and_gpus(cluster: Cluster) -> None:
 def test_up_again_changes_nothing(cluster: Cluster) -> None:
     """`cluster up` for a cluster that is up starts no server again."""
     pids = {file.name: file.read_text(encoding="utf-8") for file in (state() / "pid").iterdir()}
-    subprocess.run([PROGRAM, "up", str(NODES)], check=True, timeout=60.0)
+    subprocess.run([PROGRAM, "up", str(NODES)], check=True, timeout=PATIENCE)
     assert {file.name: file.read_text(encoding="utf-8") for file in (state() / "pid").iterdir()} == pids

@@ -282,8 +282,12 @@ def test_replicas_that_end_under_load(place: Namespace) -> None:
         wait_until(lambda: endpoint.status().ready == 2)
         with pytest.raises(UnreachableError, match="predict may have run"):
             endpoint(x=-1)
-        wait_until(lambda: "status 9" in endpoint.status().reason)
-        assert "predict ends here" in endpoint.status().reason
+
+        def told() -> bool:
+            reason = endpoint.status().reason
+            return "status 9" in reason and "predict ends here" in reason
+
+        wait_until(told)
         more()
     finally:
         over.set()
@@ -298,6 +302,7 @@ def test_a_full_quota(place: Namespace, home: Path) -> None:
     """An update whose new Replica does not fit is told in words; what served serves, and the record is as it was."""
     old = put("old")
     place.kubectl("create", "quota", "full", "--hard=pods=1")
+    place.in_force("ResourceQuota", "full")
     with pytest.raises(EngineError, match="quota full"):
         put("new")
     assert (old(x=1), old.revision, old.status().reason) == ("old", 1, "")

@@ -89,7 +89,7 @@ class Toys:
         self.namespace.kubectl(
             "apply", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
         )
-        self.namespace.kubectl("rollout", "status", f"deployment/{object_name(name)}", "--timeout=60s")
+        self.namespace.kubectl("rollout", "status", f"deployment/{object_name(name)}", "--timeout=180s")
 
     @staticmethod
     def _pod(version: str) -> dict[str, Any]:
@@ -98,11 +98,16 @@ class Toys:
             "image": "127.0.0.1:5000/base:1",
             "command": ["python3", "-c", SERVER],
             "env": [{"name": "VERSION", "value": version}],
-            "readinessProbe": {"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1},
+            "readinessProbe": {
+                "httpGet": {"path": "/", "port": 8080},
+                "periodSeconds": 1,
+                "timeoutSeconds": 5,
+                "failureThreshold": 6,
+            },
             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         }
         security = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
-        return {"containers": [container], "securityContext": security, "terminationGracePeriodSeconds": 1}
+        return {"containers": [container], "securityContext": security, "terminationGracePeriodSeconds": 5}
 
     def scale(self, name: str, replicas: int) -> None:
         """Change the number of pods."""
@@ -184,9 +189,11 @@ def test_fifty_connections_at_once(forwarders: Forwarders, toys: Toys) -> None:
     url = forwarders.ensure("toy", toys.namespace.name)
     ask(url)
     with ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(lambda _: ask(url, "/sleep/2"), range(50)))
+        answers = list(pool.map(lambda _: ask(url, "/sleep/10"), range(50)))
     assert {status for status, _body in answers} == {200}
-    assert sorted(Counter(body for _status, body in answers).values()) == [25, 25]
+    shares = sorted(Counter(body for _status, body in answers).values())
+    assert len(shares) == 2
+    assert shares[0] >= 20  # exactly half only where no way to a pod took a second try
 
 
 def test_large_bodies_arrive_whole(forwarders: Forwarders, toys: Toys) -> None:

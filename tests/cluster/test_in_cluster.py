@@ -38,7 +38,7 @@ PASSED_ON = (  # how packages are had here, as far as it names no folder of this
     "HTTPS_PROXY",
     "NO_PROXY",
 )
-STEPS_SECONDS = 200.0  # for cells
+STEPS_SECONDS = 480.0  # for cells
 # A virtual environment as a notebook has, that holds what the tests' own environment holds.
 START = f"""
 python3 -m venv --without-pip {ME}/venv
@@ -178,12 +178,14 @@ def notebook(namespace: Namespace, tmp_path: Path) -> Iterator[Notebook]:
             where = {} if kind == "Namespace" else {"namespace": made.namespace}
             one = {"apiVersion": "v1", "kind": kind, "metadata": {**metadata, **where}, **content}
             cluster.kubectl("apply", "-f", "-", input=json.dumps(one))
-        cluster.kubectl("wait", "-n", made.namespace, "--for=condition=Ready", "pod/notebook", "--timeout=60s")
+        cluster.kubectl(
+            "wait", "-n", made.namespace, "--for=condition=Ready", "pod/notebook", "--timeout=180s", seconds=200.0
+        )
         yield made
         cluster.kubectl("delete", "namespace", made.namespace, "--wait=false")
 
 
-@pytest.mark.timeout(480)  # packages are downloaded anew
+@pytest.mark.timeout(1500)  # packages are downloaded anew
 def test_from_a_pod_to_a_url(notebook: Notebook, namespace: Namespace) -> None:
     """With the Role that it asks for and nothing else, a notebook's pod deploys, calls by DNS name, and manages."""
     told = notebook.run("sh", "-c", "python -m nbdeploy cluster check 2>&1 || true")

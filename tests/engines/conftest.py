@@ -208,7 +208,7 @@ def house_of(kind: str, home: Path, settings: Mapping[str, Any] | None = None) -
     yield House(home, engine)
     for status in engine.list():
         engine.delete(status.name)
-    wait_until(lambda: not leftovers(home), 15.0)
+    wait_until(lambda: not leftovers(home))
     folder = home / "endpoints"
     assert not folder.is_dir() or list(folder.iterdir()) == []
 

@@ -140,11 +140,11 @@ def test_a_running_call_is_finished_by_its_replica(house: House, name: str) -> N
     """An update waits for calls that run, and answers them."""
     status = house.apply(name, SLEEPS)
     with Raw(status.url, house.engine.key(name)) as client:
-        client.send({"seconds": 1.5})
+        client.send({"seconds": 5})
         wait_until(lambda: house.engine.status(name).in_flight == 1)
         house.apply(name, ADD)
         assert house.ask(name, x=1) == 2
-        assert client.receive() == (200, b"1.5")
+        assert client.receive() == (200, b"5.0")
 
 
 def test_load_is_shared(house: House, name: str) -> None:
@@ -225,7 +225,6 @@ def test_crashes_back_off_and_are_told(house: House, name: str) -> None:
         wait_until(lambda: house.engine.status(name).ready == 1)
         gaps.append(time.monotonic() - began)
     assert gaps[2] > 1.5  # 0.1, 0.4, 1.6 s, and the start of a Replica
-    assert gaps[2] > gaps[0]
 
 
 def test_a_killed_supervisor(house: House, name: str) -> None:
@@ -257,7 +256,7 @@ def test_delete_after_a_killed_supervisor(house: House, name: str) -> None:
         os.kill(record.identity.pid, signal.SIGKILL)
         wait_until(lambda: not record.identity.alive())
         house.engine.delete(name)
-        wait_until(lambda: not [one for one in leftovers(house.home) if f"/{name}" in one], 10)
+        wait_until(lambda: not [one for one in leftovers(house.home) if f"/{name}" in one])
     assert not Path(record.control).parent.exists()
 
 
@@ -291,7 +290,7 @@ def test_user_code_that_will_not_die(house: House, name: str) -> None:
     identities = [Identity.of(pid) for pid in house.ask(name, x=1)]
     assert all(one.alive() for one in identities)
     house.engine.delete(name)
-    wait_until(lambda: not any(one.alive() for one in identities), 10)
+    wait_until(lambda: not any(one.alive() for one in identities))
 
 
 # -- half-made --------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def forwarders(tmp_path: Path, kubeconfig: Path) -> Iterator[Forwarders]:
     yield made
     for folder in (tmp_path / "home" / "clusters" / "gpu").glob("*/"):
         made.stop(folder.name)
-    wait_until(lambda: not leftovers(tmp_path), 10.0)
+    wait_until(lambda: not leftovers(tmp_path))
 
 
 def ask(url: str) -> tuple[int, dict[str, Any]]:

@@ -278,8 +278,8 @@ def followed(server: Server, client: Client, *answers: Answer) -> list[tuple[str
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence of half a second counts as a stall of a log, and the next answer is asked for soon."""
-    monkeypatch.setattr(podlog, "SILENCE_SECONDS", 0.5)
+    """Silence of two seconds counts as a stall of a log, and the next answer is asked for soon."""
+    monkeypatch.setattr(podlog, "SILENCE_SECONDS", 2.0)
     monkeypatch.setattr(podlog, "PAUSE_SECONDS", 0.1)
 
 
@@ -342,6 +342,14 @@ def test_words_of_the_node_in_a_log(server: Server, connect: Connect) -> None:
     assert [text for _, text in found] == ["one", WATCHER.decode(), "two"]
     server.routes = {"/log": [(200, {}, ONE + WATCHER)]}
     assert [text for _, text in client.logs("p", follow=False)] == ["one", WATCHER.decode()]
+
+
+def test_a_container_removed_meanwhile(server: Server, connect: Connect) -> None:
+    """What a node says of a container that it has removed is no line of its log."""
+    client, gone = connect(url(server)), b"unable to retrieve container logs for containerd://4357ea7b"
+    assert [text for _, text in followed(server, client, (200, {}, [ONE]), (200, {}, gone))] == ["one"]
+    server.routes = {"/log": [(200, {}, gone)]}
+    assert list(client.logs("p", follow=False)) == []
 
 
 def test_lines_come_without_chunks(server: Server, connect: Connect) -> None:

@@ -93,6 +93,25 @@ def test_recorded_failure(record: str, row: str, fatal: bool, told: list[str]) -
 
 
 @pytest.mark.parametrize(
+    ("message", "fatal"),
+    [
+        ("failed to sync secret cache: timed out waiting for the condition", False),
+        ("context deadline exceeded", False),
+        ('failed to reserve container name: name "server_pod" is reserved for "1f"', False),
+        ("a value that no node takes", True),
+    ],
+)
+def test_what_a_busy_node_says(message: str, fatal: bool) -> None:  # noqa: FBT001 - a table
+    """A container that a node could not make for now is told, and waited for: the node tries again."""
+    data = recorded("config-env")
+    data["pods"][0]["status"]["containerStatuses"][0]["state"]["waiting"]["message"] = message
+    row, got, words = found(data)
+    assert (row, got) == ("config", fatal)
+    assert message in words
+    assert ("tries again" in words) == (not fatal)
+
+
+@pytest.mark.parametrize(
     ("text", "row", "fatal", "told"),
     [
         ("pulling from host r.test failed with status code [manifests 1]: 401 Unauthorized", "pull-denied", True, ""),

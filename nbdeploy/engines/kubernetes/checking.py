@@ -255,7 +255,7 @@ def _bold_pods(namespace: str) -> dict[str, Any]:
 
 
 def _quota(client: Client, _settings: ClusterSettings) -> Row:
-    quotas, limits = client.list("ResourceQuota"), client.list("LimitRange")
+    quotas, limits = client.list("ResourceQuota", fresh=True), client.list("LimitRange", fresh=True)
     words, full = capacity.quotas(quotas), capacity.used_up(quotas)
     told = "; ".join([*words, *capacity.limits(limits)])
     if full:

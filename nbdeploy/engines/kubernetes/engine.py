@@ -122,6 +122,8 @@ class KubernetesEngine:
         self._client.delete("ConfigMap", object_name(name))
         self._forwarders.forget(name)
         ways_in = ["HTTPRoute"] if self._settings.gateway else ["Ingress"] if self._settings.ingress_class else []
+        for kind in ways_in:  # no use waiting until the cluster's garbage collector comes to them
+            self._client.delete(kind, object_name(name))
         patience, pause = GONE_SECONDS + longest, 0.2
         limit = time.monotonic() + patience
         while left := self._inventory.left(name, kept_secrets, ways_in):

@@ -19,18 +19,21 @@ from nbdeploy.engines.kubernetes.workload import MANAGER, PROBES_PORT, label_sel
 from nbdeploy.errors import EndpointNotFoundError, EngineError
 from nbdeploy.spec import Status, label
 
-SCRAPE_SECONDS = 3.0  # for a Replica to tell its metrics
+SCRAPE_SECONDS = 10.0  # for a Replica to tell its metrics, if these are what is asked for
+GLANCE_SECONDS = 3.0  # the same, if they are a part of a status
 _ALL = f"app.kubernetes.io/managed-by={MANAGER}"
-_MADE = (  # of Endpoints; Secrets cannot be listed with the Role of nbdeploy, and are asked for by name
-    "Pod",
-    "ReplicaSet",
+# Of Endpoints; owners stand first, for what one of them makes after its kind was listed would be missed. Secrets cannot
+# be listed with the Role of nbdeploy, and are asked for by name.
+_MADE = (
+    "ConfigMap",
     "Deployment",
+    "ReplicaSet",
+    "Pod",
     "Service",
+    "EndpointSlice",
     "ServiceAccount",
     "PodDisruptionBudget",
     "NetworkPolicy",
-    "EndpointSlice",
-    "ConfigMap",
 )
 
 
@@ -75,20 +78,20 @@ class Inventory:
             trouble = unready(self._snapshot(name, deployment), now=time.time())
             if trouble is not None:
                 found = standing.status(self._engine, summary, deployment, url=url, trouble=trouble.words)
-        samples = _samples((self.scrape(name) if found.ready else {}).values())
+        samples = _samples((self.scrape(name, GLANCE_SECONDS) if found.ready else {}).values())
         return dataclasses.replace(
             found,
             in_flight=round(samples.get("nbdeploy_inflight", 0)),
             memory_bytes=round(samples.get("nbdeploy_memory_bytes", 0)),
         )
 
-    def scrape(self, name: str) -> dict[str, str]:
-        """Return the Prometheus text of each pod that is ready and answers."""
+    def scrape(self, name: str, seconds: float = SCRAPE_SECONDS) -> dict[str, str]:
+        """Return the Prometheus text of each pod that is ready and answers within so many seconds."""
         pods = [pod["metadata"]["name"] for pod in self._pods(name) if _ready(pod)]
 
         def ask(pod: str) -> str:
             with contextlib.suppress(EngineError):  # it ended while we looked
-                return self._client.proxy(pod, PROBES_PORT, "/metrics", timeout=SCRAPE_SECONDS)
+                return self._client.proxy(pod, PROBES_PORT, "/metrics", timeout=seconds)
             return ""
 
         if not pods:

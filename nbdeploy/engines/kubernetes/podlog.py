@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS = 20.0  # after which a followed log is asked for anew: something on the way may have stalled it
 PAUSE_SECONDS = 1.0  # between two answers
+_GONE = "unable to retrieve container logs for"  # a kubelet's words for one that was removed meanwhile
 _SECOND = 19  # characters of a time up to its second
 
 
@@ -27,7 +28,7 @@ def whole(
     query = {"previous": "true" if previous else "", "tailLines": "" if tail is None else str(tail)}
     last = ""
     for line in client.text(_path(client, pod), _asked(client, pod), query=_query(query)).split("\n"):
-        if not line:  # what is behind the last newline; each other one has its time
+        if not line or line.startswith(_GONE):  # what is behind the last newline; each other one has its time
             continue
         when, text = _parted(line)
         last = when or last
@@ -106,7 +107,7 @@ class _Place:
 
     def _remark(self, text: str) -> Iterator[tuple[str, str]]:
         """Yield words of the node's own, such as "failed to create fsnotify watcher: too many open files", once."""
-        if text[:1].isalpha() and text not in self._said:  # else it is a time that was cut
+        if text[:1].isalpha() and text not in self._said and not text.startswith(_GONE):  # else a time that was cut
             self._said.add(text)
             yield self._last, text
 

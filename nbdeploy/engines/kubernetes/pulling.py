@@ -13,6 +13,7 @@ _UNREACHABLE = (
     r"no such host|connection refused|connection reset|timed out|timeout|deadline exceeded|no route to host|"
     r"network is unreachable|\bEOF\b|\b50[0234]\b"
 )
+_PASSING = r"failed to sync (secret|configmap) cache|timed out|deadline exceeded|is reserved for"  # a busy node's words
 
 
 def unmade(case: Case) -> Finding | None:
@@ -149,7 +150,10 @@ def _unconfigured(case: Case, message: str) -> Finding:
             "not: something in the cluster changed the pod. Ask who runs the cluster."
         )
         return case.found("runs-as-root", words, fatal=True)
-    return case.found("config", f"The container of {case.name} cannot be made: {sentence(message)}", fatal=True)
+    words = f"The container of {case.name} cannot be made: {sentence(message)}"
+    if re.search(_PASSING, message):
+        return case.found("config", f"{words} The node tries again.", fatal=False)
+    return case.found("config", words, fatal=True)
 
 
 def _unmounted(case: Case) -> Finding | None:
