@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from nbdeploy.endpoint import endpoints
 from nbdeploy.jobs import all_jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 pytest_plugins = ["tests.cluster.plugin"]  # fixtures of the test cluster
 DEADLINE = 120.0  # seconds that anything may take on a busy machine
@@ -71,6 +72,45 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     wait_until(lambda: not leftovers(folder))
     left = sorted((folder / "endpoints").glob("*")) if (folder / "endpoints").is_dir() else []
     assert left == []
+
+
+@pytest.fixture
+def unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that nobody may have (RFC 2606) are not known, at once: a DNS server may be slow, absent, or inventive."""
+    resolve = socket.getaddrinfo
+
+    def answer(host: Any, *arguments: Any, **options: Any) -> Any:
+        if str(host).endswith((".invalid", ".test")):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+
+def started(kernel_name: str, cwd: Path, env: Mapping[str, str]) -> tuple[Any, Any]:
+    """Start a kernel and return its manager and a client of it, once it answers.
+
+    The manager chooses five free ports and lets them go; the kernel binds them a second later or more. Where somebody
+    took one meanwhile, it dies before it answers, and is started anew: three times at most.
+    """
+    from jupyter_client.manager import KernelManager
+
+    for left in (2, 1, 0):
+        manager = KernelManager(kernel_name=kernel_name)
+        manager.start_kernel(cwd=str(cwd), env=dict(env))
+        client = manager.client()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=DEADLINE)
+        except RuntimeError:
+            died = not manager.is_alive()
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+            if not (died and left):
+                raise
+        else:
+            return manager, client
+    raise AssertionError
 
 
 class Kernel:
@@ -144,19 +184,12 @@ def kernelspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def start_kernel(home: Path, kernelspec: str, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
     """Start kernels in a folder of the test's; all are ended with the test."""
-    from jupyter_client.manager import KernelManager
-
     running: list[Kernel] = []
 
     def start(folder: Path | None = None, **environment: str) -> Kernel:
         folder = folder or tmp_path / "notebooks"
         folder.mkdir(exist_ok=True)
-        manager = KernelManager(kernel_name=kernelspec)
-        manager.start_kernel(cwd=str(folder), env={**os.environ, **environment})
-        client = manager.client()
-        client.start_channels()
-        client.wait_for_ready(timeout=DEADLINE)
-        kernel = Kernel(manager, client)
+        kernel = Kernel(*started(kernelspec, folder, {**os.environ, **environment}))
         running.append(kernel)
         return kernel
 

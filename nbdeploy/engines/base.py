@@ -45,7 +45,10 @@ class Engine(Protocol):
         """Return what is known of an Endpoint. Raises EndpointNotFoundError."""
 
     def scrape(self, name: str) -> dict[str, str]:
-        """Return the Prometheus text of each Replica by its name. Raises EndpointNotFoundError."""
+        """Return the Prometheus text of each Replica by its name; one that does not answer in time is left out.
+
+        Raises EndpointNotFoundError.
+        """
 
     def logs(self, name: str, *, follow: bool) -> Iterator[str]:
         """Yield the lines of all Replicas, oldest first, without their newline; with `follow`, until interrupted."""

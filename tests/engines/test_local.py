@@ -227,6 +227,61 @@ def test_crashes_back_off_and_are_told(house: House, name: str) -> None:
     assert gaps[2] > 1.5  # 0.1, 0.4, 1.6 s, and the start of a Replica
 
 
+def test_a_silent_replica_is_left_out_of_the_metrics(house: House, name: str) -> None:
+    """One that does not tell its counters in time is no Replica whose counters are zero; it comes back."""
+    house.apply(name, PID, replicas=2)
+    wait_until(lambda: len(house.engine.scrape(name)) == 2)
+    silent = house.ask(name, x=0)
+    os.kill(silent, signal.SIGSTOP)
+    try:
+        found = wait_until(lambda: house.engine.scrape(name))
+    finally:
+        os.kill(silent, signal.SIGCONT)
+    assert len(found) == 1
+    assert all(found.values())
+    wait_until(lambda: len(house.engine.scrape(name)) == 2)
+
+
+def test_progress_is_told_however_late_anybody_looks(house: House, name: str, tmp_path: Path) -> None:
+    """Each step of a Replica is told, also where it was ready by the time its supervisor looked."""
+    go, answered = tmp_path / "go", tmp_path / "answered"
+    source = (
+        "import os, pathlib, time\n"
+        f"here, go, answered = {os.getpid()}, pathlib.Path({str(go)!r}), pathlib.Path({str(answered)!r})\n"
+        "def setup():\n    while os.getpid() != here and not go.exists():\n        time.sleep(0.01)\n    return 1\n"
+        "def predict(model, x: int) -> int:\n    if os.getpid() != here:\n"
+        "        answered.symlink_to(str(os.getpid()))\n    return x\n"
+    )
+
+    def ready() -> bool:
+        """Whether the Replica takes signals as it does when it serves: nobody else can be asked meanwhile."""
+        if not answered.is_symlink():
+            return False
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{answered.readlink()}/status").read_text(encoding="ascii"))
+        return caught is not None and bool(int(caught[1], 16) & 1 << signal.SIGTERM - 1)
+
+    bundle = house.bundle(source, {"x": 1})
+    house.apply(name, ADD)
+    told: list[str] = []
+    applying = threading.Thread(
+        target=lambda: house.engine.apply(house.revision(name, bundle), bundle, lambda words, _: told.append(words))
+    )
+    applying.start()
+    pid = supervisor(house, name).identity.pid
+    wait_until(lambda: "loading" in told)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        go.touch()
+        wait_until(ready)
+        before = list(told)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    applying.join()
+    assert before[-1] == "loading"
+    assert told[-1] == "warming up"
+    assert len(told) == len(set(told))
+
+
 def test_a_killed_supervisor(house: House, name: str) -> None:
     """Its Replicas end by themselves, the status tells the truth, start brings the Endpoint back where it was."""
     status = house.apply(name, PID, replicas=2)

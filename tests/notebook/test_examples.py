@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
+
+from tests.conftest import DEADLINE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 IN_ORDER = ("quickstart.ipynb", "call_from_elsewhere.ipynb")
@@ -16,11 +19,20 @@ def execute(notebook: str, kernelspec: str) -> list[Any]:
     """Execute a notebook in a kernel of its own; returns the outputs of its code cells."""
     document = nbformat.read(EXAMPLES / notebook, as_version=4)
     place = {"metadata": {"path": str(EXAMPLES)}}
-    client = NotebookClient(document, timeout=240, kernel_name=kernelspec, resources=place)
-    client.execute()
+    patience = {"timeout": 400, "startup_timeout": int(DEADLINE)}
+    for left in (2, 1, 0):
+        client = NotebookClient(document, kernel_name=kernelspec, resources=place, **patience)
+        try:
+            client.execute()
+        except RuntimeError:  # one of the kernel's ports was taken: see conftest.started
+            if client.code_cells_executed or not left:
+                raise
+        else:
+            break
     return [output for cell in document.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
+@pytest.mark.timeout(900)
 def test_examples_run_in_order(home: Path, kernelspec: str) -> None:
     """The quickstart deploys; the other notebook, in another kernel, calls by name; no key is in either."""
     assert {path.name for path in EXAMPLES.glob("*.ipynb")} == set(IN_ORDER)

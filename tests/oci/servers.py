@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.conftest import wait_until
+from tests.server.containers import taken_port
 
 if TYPE_CHECKING:
     from typing import Self
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 USER, PASSWORD = "ada", "s3cret"
 _HTPASSWD = "ada:$2y$05$abcdefghijklmnopqrstuuLK7U1u6pVRmL7L1BBM2aS35PSZnDXlK\n"  # bcrypt of the two
 _CONFIG = """version: 0.1
-log: {{accesslog: {{disabled: true}}, level: error}}
+log: {{accesslog: {{disabled: true}}, level: info}}
 storage:
   filesystem: {{rootdirectory: {root}}}
   delete: {{enabled: true}}
@@ -38,13 +39,6 @@ http:
 {tls}
 {auth}
 """
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody uses."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,7 @@ class DockerRegistry:
         folder.mkdir(parents=True, exist_ok=True)
         self.root = folder / "data"
         self.root.mkdir()
-        self.port = free_port()
-        self.host = f"127.0.0.1:{self.port}"
+        self._folder = folder
         auth = ""
         if htpasswd:
             (folder / "htpasswd").write_text(_HTPASSWD, encoding="ascii")
@@ -100,17 +93,25 @@ class DockerRegistry:
             auth = f"auth:\n  token: {{realm: '{tokens.realm}', service: {tokens.service}, issuer: {tokens.issuer}, "
             auth += f"rootcertbundle: {tokens.certificate.pem}}}"
         secured = f"  tls: {{certificate: {tls.pem}, key: {tls.key}}}" if tls is not None else ""
-        config = folder / "config.yml"
+        for _ in range(3):  # another process may take the port first
+            self._start(auth, secured)
+            if wait_until(lambda: self._listens() or self._process.poll() is not None) and self._process.poll() is None:
+                return
+        raise AssertionError("docker-registry ended: " + (folder / "log").read_text(encoding="utf-8"))
+
+    def _start(self, auth: str, secured: str) -> None:
+        self.port = taken_port()
+        self.host = f"127.0.0.1:{self.port}"
+        config = self._folder / "config.yml"
         config.write_text(_CONFIG.format(root=self.root, port=self.port, auth=auth, tls=secured), encoding="utf-8")
         environ = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
-        with (folder / "log").open("wb") as log:
+        with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [shutil.which("docker-registry") or "docker-registry", "serve", str(config)],
                 env={**environ, "OTEL_TRACES_EXPORTER": "none"},
                 stdout=log,
                 stderr=log,
             )
-        wait_until(self._listens)
 
     def stop(self) -> None:
         """End it."""
@@ -122,9 +123,8 @@ class DockerRegistry:
         return (self.root / "docker/registry/v2/blobs/sha256" / digest[7:9] / digest[7:] / "data").exists()
 
     def _listens(self) -> bool:
-        assert self._process.poll() is None, "docker-registry ended"
-        with socket.socket() as one:
-            return one.connect_ex(("127.0.0.1", self.port)) == 0
+        """Tell whether it has said so itself: who is found on the port may be another."""
+        return f"listening on 127.0.0.1:{self.port}" in (self._folder / "log").read_text(encoding="utf-8")
 
 
 class _Server(ThreadingHTTPServer):

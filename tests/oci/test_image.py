@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tarfile
 import uuid
@@ -34,6 +33,7 @@ from nbdeploy.oci.registry import Registry
 from nbdeploy.store import Store
 from tests.conftest import wait_until
 from tests.server.conftest import cell
+from tests.server.containers import taken_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -314,7 +314,7 @@ def status(url: str) -> int:
 def served(bundle: Path, log: Path) -> Iterator[tuple[str, str]]:
     """Run an unpacked image under runc: on the host's network, with a read-only root; yields its two addresses."""
     config = json.loads((bundle / "config.json").read_text())
-    ports = [free_port(), free_port()]
+    ports = [taken_port(), taken_port()]
     config["process"]["env"] += [f"NBDEPLOY_PORT={ports[0]}", f"NBDEPLOY_PROBES_PORT={ports[1]}"]
     config["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}]
     config["process"]["terminal"] = False
@@ -338,10 +338,3 @@ def served(bundle: Path, log: Path) -> Iterator[tuple[str, str]]:
             subprocess.run([*runc, "kill", name, str(int(signal.SIGKILL))], capture_output=True, check=False)
             process.wait(30.0)
             subprocess.run([*runc, "delete", "--force", name], capture_output=True, check=False)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

@@ -92,6 +92,7 @@ def test_a_base_elsewhere_is_asked_for_at_the_same_time(
     elsewhere.close()
 
 
+@pytest.mark.usefixtures("unknown_names")
 def test_nothing_answers(based: ClusterSettings, tmp_path: Path) -> None:
     """A port where nobody listens and a name that nobody has: told with the setting and the file that has it."""
     file = tmp_path / "nbdeploy.toml"

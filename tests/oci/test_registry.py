@@ -346,6 +346,7 @@ def test_a_proxy_is_told_without_its_password() -> None:
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("unknown_names")
 def test_a_proxy_is_used_for_other_hosts_only(
     start: Callable[..., DockerRegistry], certificate: Certificate, connect: Connect
 ) -> None:
@@ -379,6 +380,7 @@ def test_no_way_into_the_users_network(connect: Connect, location: str) -> None:
     assert transport.locate(asked, "/y?z=1", upload=True) == "https://registry.example.com/y?z=1"
 
 
+@pytest.mark.usefixtures("unknown_names")
 def test_unreachable_hosts(connect: Connect, registry: DockerRegistry) -> None:
     """A port where nobody listens and a name that nobody has are told as that."""
     registry_host = registry.host

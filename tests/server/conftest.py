@@ -64,8 +64,8 @@ class Served:
             return client.post("/predict", json=arguments, **options)
 
     def metrics(self) -> str:
-        """Return the Prometheus text of its Replica."""
-        return next(iter(self.engine.scrape(self.name).values()))
+        """Return the Prometheus text of its Replica; on a busy machine it may have to be asked again."""
+        return str(wait_until(lambda: "".join(self.engine.scrape(self.name).values())))
 
     def logs(self) -> str:
         """Return all that it has printed."""
@@ -103,7 +103,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     yield start
     for name in made:
         engine.delete(name)
-    wait_until(lambda: not leftovers(home), 15.0)
+    wait_until(lambda: not leftovers(home))
 
 
 @pytest.fixture

@@ -65,6 +65,16 @@ class Container:
         """Ask the probes' port."""
         return httpx.get(f"http://127.0.0.1:{self.probes_port}{path}", trust_env=False, timeout=10)
 
+    def metrics(self) -> str:
+        """Return its Prometheus text; asks again where its event loop is too busy to answer."""
+
+        def told() -> str:
+            answer = self.probe("/metrics")
+            assert answer.status_code in {200, 503}
+            return answer.text if answer.status_code == 200 else ""
+
+        return str(wait_until(told))
+
     def ready(self) -> Container:
         """Wait until it is ready."""
 

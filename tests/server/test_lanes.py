@@ -12,6 +12,8 @@ import pytest
 from nbdeploy_server import wire
 from nbdeploy_server.lanes import STREAM_AHEAD, AsyncLane, ThreadLane, Work
 
+from tests.conftest import DEADLINE
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 async def until(condition: Callable[[], Any]) -> None:
     """Wait for what another thread does."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while not condition():  # noqa: ASYNC110 - another thread's state has no event of this loop
             await asyncio.sleep(0.001)
 
@@ -39,7 +41,7 @@ class Bench:
     lane: Lane
     done: list[Work] = field(default_factory=list)
 
-    def work(self, seconds: float = 30.0, caller: Caller | None = None, **arguments: Any) -> Work:
+    def work(self, seconds: float = DEADLINE, caller: Caller | None = None, **arguments: Any) -> Work:
         """Make work for the lane; stream it where asked."""
         loop = asyncio.get_running_loop()
         work = Work(loop.create_future(), caller or Caller(), time.perf_counter() + seconds)
@@ -153,24 +155,25 @@ def test_concurrency_of_coroutines() -> None:
 def test_callers_that_left_or_came_too_late(kind: str) -> None:
     """Queued work is not started for a caller that left, nor after its deadline."""
     ran: list[str] = []
+    gate = threading.Event()
 
-    def predict(name: str, seconds: float = 0.0) -> None:
+    def predict(name: str) -> None:
         ran.append(name)
-        time.sleep(seconds)
+        gate.wait(DEADLINE)
 
-    async def apredict(name: str, seconds: float = 0.0) -> None:
+    async def apredict(name: str) -> None:
         ran.append(name)
-        await asyncio.sleep(seconds)
+        await asyncio.to_thread(gate.wait, DEADLINE)
 
     async def test(bench: Bench) -> None:
         caller = Caller()
-        first = bench.work(name="first")
-        first.arguments["seconds"] = 0.2
-        bench.lane.submit(first)
+        bench.submit(name="first")
         gone = bench.submit(caller=caller, name="gone")
-        late = bench.submit(seconds=0.05, name="late")
+        late = bench.submit(seconds=0.0, name="late")
         last = bench.submit(name="last")
+        await until(lambda: ran)
         caller.disconnected = True
+        gate.set()
         await bench.finished(last)
         assert (gone.abandoned, late.abandoned, last.abandoned) == ("queued", "expired", "")
 

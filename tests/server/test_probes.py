@@ -56,7 +56,7 @@ def test_predict_does_not_hold_the_probes(bundle: Any, begin: Any, tmp_path: Pat
         finally:
             gate.write_text("opened", encoding="utf-8")
         assert call.result().json() == "opened"
-    families = {family.name: family for family in text_string_to_metric_families(one.probe("/metrics").text)}
+    families = {family.name: family for family in text_string_to_metric_families(one.metrics())}
     assert families["nbdeploy_requests"].samples[0].value == 1
     assert families["nbdeploy_memory_bytes"].samples[0].value > 10e6
 
@@ -73,7 +73,7 @@ def test_scrapes_at_once_are_each_whole(bundle: Any, begin: Any) -> None:
 
     def scrape() -> None:
         for _ in range(20):
-            families = {f.name: f for f in text_string_to_metric_families(one.probe("/metrics").text)}
+            families = {f.name: f for f in text_string_to_metric_families(one.metrics())}
             samples = {
                 s.name + str(s.labels.get("le", "")): s.value for s in families["nbdeploy_request_seconds"].samples
             }

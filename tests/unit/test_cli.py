@@ -94,7 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
         for endpoint in endpoints():
             endpoint.delete()
-        wait_until(lambda: not leftovers(folder), 15.0)
+        wait_until(lambda: not leftovers(folder))
 
 
 def test_ls(place: Path) -> None:
@@ -169,9 +169,9 @@ def test_logs_and_metrics(place: Path) -> None:
     """Lines that predict printed; metrics as text and as data."""
     run("call", "add", '{"x": 31337}')
     wait_until(lambda: "adding 31337 1" in run("logs", "add").output)
-    assert 'nbdeploy_requests_total{code="200"}' in run("metrics", "add").output
-    found = json.loads(run("metrics", "add", "--json").output)
-    assert found["nbdeploy_inflight"] == 0
+    # a Replica that is too busy to answer in time is left out, and the call may still be counted as under way
+    wait_until(lambda: 'nbdeploy_requests_total{code="200"}' in run("metrics", "add").output)
+    wait_until(lambda: json.loads(run("metrics", "add", "--json").output).get("nbdeploy_inflight") == 0)
 
 
 def test_logs_follow(place: Path) -> None:
@@ -286,7 +286,7 @@ def test_cancel_a_first_deploy(home: Path) -> None:
     assert "public" not in shown
     assert "half-way" not in shown
     assert run("cancel", "slow").output == "The deploy of slow is cancelled.\n"
-    wait_until(lambda: not leftovers(home), 15)
+    wait_until(lambda: not leftovers(home))
     assert run("status", "slow").exit_code in {0, 1}
     assert json.loads(run("ls", "--json").output) == []
     assert run("cancel", "slow").exit_code == 1
@@ -301,7 +301,7 @@ def test_cancel_an_update(home: Path) -> None:
     assert (row["phase"], row["revision"]) == ("ready", 1)
     assert "under way" in run("ls").output
     assert run("cancel", "add").exit_code == 0
-    wait_until(lambda: len(leftovers(home)) == 2, 15)
+    wait_until(lambda: len(leftovers(home)) == 2)
     assert run("call", "add", '{"x": 1}').output == "2\n"
     assert json.loads(run("status", "add", "--json").output)["job"] is None
 
@@ -319,14 +319,14 @@ def test_cancel_a_worker_that_will_not_hear(home: Path) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
     job.cancel(seconds=0.2)
     assert [event.state for event in job.events() if event.ends] == ["cancelled"]
-    wait_until(lambda: not leftovers(home), 15)
+    wait_until(lambda: not leftovers(home))
 
 
 def test_delete_a_first_deploy(home: Path) -> None:
     """Delete also ends a deploy that has not come as far as an Endpoint."""
     deploy(predict_of(SLOW), name="slow", sample={"x": 1}, wait=False)
     assert run("delete", "slow").output == "slow is deleted.\n"
-    wait_until(lambda: not leftovers(home), 15)
+    wait_until(lambda: not leftovers(home))
     assert run("delete", "slow").exit_code == 1
 
 

@@ -17,6 +17,7 @@ from nbdeploy_server import wire
 import nbdeploy
 from nbdeploy.client import Client
 from nbdeploy.errors import BusyError, InvalidRequestError, RemoteError, UnauthorizedError, UnreachableError
+from tests.conftest import DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ class Server:
     def __init__(self, *script: bytes | None, delay: float = 0.0) -> None:
         self._script = list(script)
         self._delay = delay
+        self._over = threading.Event()
         self.seen: list[bytes] = []
         self._sock = socket.socket()
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -69,6 +71,7 @@ class Server:
 
     def close(self) -> None:
         """Stop."""
+        self._over.set()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -103,8 +106,7 @@ class Server:
                 body += connection.recv(65536)
             self.seen.append(head + b"\r\n\r\n" + body)
             reply = self._script.pop(0) if self._script else problem(500, "the script is at its end")
-            if self._delay:
-                threading.Event().wait(self._delay)
+            self._over.wait(self._delay)
             if reply is None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return
@@ -176,10 +178,10 @@ def test_503_has_an_end(serve: Callable[..., Server], call: Callable[[Client], A
     """Within the timeout the caller hears the server's own words."""
     server = serve(*[problem(503, "no Replica is ready")] * 50)
     began = time.monotonic()
-    with Client(server.url, timeout=0.5) as client, pytest.raises(RemoteError, match="no Replica is ready") as caught:
+    with Client(server.url, timeout=2.0) as client, pytest.raises(RemoteError, match="no Replica is ready") as caught:
         call(client)
     assert caught.value.status == 503
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert len(server.seen) > 1
 
 
@@ -201,18 +203,19 @@ def test_nobody_listens(serve: Callable[..., Server], call: Callable[[Client], A
     began = time.monotonic()
     with Client(server.url, timeout=0.3) as client, pytest.raises(UnreachableError, match="nbdeploy start"):
         call(client)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
+@pytest.mark.usefixtures("unknown_names")
 def test_a_name_that_does_not_resolve() -> None:
     """It will not resolve in a minute either: no retry."""
     began = time.monotonic()
     with (
-        Client("http://nobody.invalid", timeout=30) as client,
+        Client("http://nobody.invalid", timeout=DEADLINE) as client,
         pytest.raises(UnreachableError, match="cannot be reached"),
     ):
         client.call({})
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 30
 
 
 @WAYS
@@ -236,10 +239,10 @@ def test_idempotent_calls_are_sent_again(serve: Callable[..., Server], call: Cal
 @WAYS
 def test_a_slow_answer(serve: Callable[..., Server], call: Callable[[Client], Any]) -> None:
     """The timeout is told, with its length, and nothing is sent again."""
-    server = serve(good([7]), good([7]), delay=1.0)
+    server = serve(good([7]), good([7]), delay=5.0)
     with (
-        Client(server.url, timeout=0.2) as client,
-        pytest.raises(RemoteError, match=r"did not answer within 0\.2 s") as e,
+        Client(server.url, timeout=1.0) as client,
+        pytest.raises(RemoteError, match="did not answer within 1 s") as e,
     ):
         call(client)
     assert e.value.status == 504

@@ -9,20 +9,23 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from nbdeploy.engines.kubernetes import forwarder
 from nbdeploy.engines.kubernetes.credentials import Access, environment, fetch
 from nbdeploy.engines.kubernetes.reach import Forwarders, address
 from nbdeploy.engines.kubernetes.settings import ClusterSettings
 from nbdeploy.engines.kubernetes.slices import Serving, read
 from nbdeploy.engines.kubernetes.state import State
 from nbdeploy.errors import EngineError, UsageError
-from tests.conftest import leftovers, wait_until
+from tests.conftest import DEADLINE, leftovers, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,13 +62,21 @@ def forwarders(tmp_path: Path, kubeconfig: Path) -> Iterator[Forwarders]:
 
 def ask(url: str) -> tuple[int, dict[str, Any]]:
     """Return status and problem of a GET."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=DEADLINE)
     try:
         connection.request("GET", "/")
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
     finally:
         connection.close()
+
+
+def told(url: str) -> tuple[int, dict[str, Any]]:
+    """Ask until there is an answer on what is asked: a busy machine may need longer than one connection waits."""
+    found: tuple[int, dict[str, Any]] = wait_until(
+        lambda: "not answered yet" not in (answer := ask(url))[1]["detail"] and answer
+    )
+    return found
 
 
 def refuses(url: str) -> bool:
@@ -170,16 +181,64 @@ def test_state_is_for_its_owner_alone(forwarders: Forwarders, tmp_path: Path) ->
 
 def test_an_api_server_that_is_down_is_told_in_words(forwarders: Forwarders, kubeconfig: Path) -> None:
     """The connection is answered, with the server's address and the cause."""
-    status, problem = ask(forwarders.ensure("spam", "team"))
+    status, problem = told(forwarders.ensure("spam", "team"))
     assert status == 503
     assert problem["detail"].startswith("The cluster cannot be asked: http://127.0.0.1:")
     assert problem["detail"].endswith("`nbdeploy status spam` tells more.")
 
 
+def test_a_login_that_lasts(kubeconfig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection waits for as long as the login lasts; from then on the API server has its own time to answer."""
+    program, began, go = tmp_path / "cloud-login", tmp_path / "began", tmp_path / "go"
+    answer = {"apiVersion": "client.authentication.k8s.io/v1", "status": {"token": "t"}}
+    program.write_text(
+        f"#!{sys.executable}\nimport time\nfrom pathlib import Path\nPath({str(began)!r}).touch()\n"
+        f"while not Path({str(go)!r}).exists():\n    time.sleep(0.01)\nprint({json.dumps(answer)!r})\n",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    content = json.loads(kubeconfig.read_text(encoding="utf-8"))
+    logs_in = {"apiVersion": answer["apiVersion"], "command": str(program), "interactiveMode": "Never"}
+    content["users"] = [{"name": "me", "user": {"exec": logs_in}}]
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    monkeypatch.setattr(forwarder, "FIRST", 0.5)
+
+    async def call(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        found = await reader.read()
+        writer.close()
+        return found
+
+    async def wait() -> tuple[bool, float, bytes]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        target = {"context": None, "namespace": "team", "service": "nbd-spam", "port": 8080}
+        argument = {"home": str(tmp_path / "home"), "engine": "gpu", "name": "spam", **target}
+        one = forwarder.Forwarder({**argument, "fd": listener.detach()})
+        async with await asyncio.start_server(one._accept, sock=one._listener):
+            following = asyncio.create_task(one._slices.run())
+            asked = asyncio.create_task(call(one._listener.getsockname()[1]))
+            await asyncio.to_thread(wait_until, began.exists)
+            await asyncio.wait({asked}, timeout=3 * forwarder.FIRST)
+            soon, since = asked.done(), time.monotonic()
+            go.touch()
+            found = await asked
+            following.cancel()
+            return soon, time.monotonic() - since, found
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        content["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        kubeconfig.write_text(json.dumps(content), encoding="utf-8")
+        soon, took, found = asyncio.run(wait())
+    assert not soon
+    assert took >= forwarder.FIRST
+    assert b"has not answered yet" in found
+
+
 def test_a_kubeconfig_that_is_gone_is_told_in_words(forwarders: Forwarders, kubeconfig: Path) -> None:
     """The forwarder stays, and says what is missing."""
     kubeconfig.unlink()
-    status, problem = ask(forwarders.ensure("spam", "team"))
+    status, problem = told(forwarders.ensure("spam", "team"))
     assert status == 502
     assert f"There is no kubeconfig: {kubeconfig} is missing" in problem["detail"]
 

@@ -196,6 +196,7 @@ def test_nothing_listens(connect: Connect) -> None:
             connect(f"http://127.0.0.1:{unused.getsockname()[1]}").list("Pod")
 
 
+@pytest.mark.usefixtures("unknown_names")
 def test_unknown_host(connect: Connect) -> None:
     """A host that DNS does not know is told at once, with the usual cause."""
     with pytest.raises(UnavailableError, match=r"the name cluster\.invalid is not known here\. Is the .* VPN on"):

@@ -43,19 +43,31 @@ def cell(source: str) -> dict[str, Any]:
 
 OLD = cell("def predict(x: int) -> str:\n    return 'old'\n")["predict"]
 NEW = cell("def predict(x: int) -> str:\n    return 'new'\n")["predict"]
-# Slow at every step, so that a signal finds the worker there: 0.25 s wherever it runs outside this process.
+# Lasts at each of its three calls outside this process until the test lets it pass, so that a signal finds the worker
+# there; after a minute it ends by itself.
 SLOW = """
-    import os, time
+    import os, sys, threading, time
     def predict(x: int) -> str:
-        if os.getpid() != {here}:
-            time.sleep(0.25)
+        call = 'verified'
+        if 'nbdeploy_server.replica' in sys.modules:
+            call = 'asked' if threading.current_thread().name.startswith('predict-') else 'warmed up'
+        limit = time.monotonic() + 60
+        while os.getpid() != {here} and not os.path.exists({folder!r} + call) and time.monotonic() < limit:
+            time.sleep(0.01)
         return 'slow'
     """
+CALLS = ("verified", "warmed up", "asked")
 
 
-def slow() -> Any:
-    """Return a predict that takes its time in every other process."""
-    return cell(SLOW.format(here=os.getpid()))["predict"]
+def slow(home: Path) -> Any:
+    """Return a predict that in every other process waits for `let`."""
+    return cell(SLOW.format(here=os.getpid(), folder=f"{home.parent}/let-"))["predict"]
+
+
+def let(home: Path, *calls: str) -> None:
+    """Let these calls of the slow predict pass."""
+    for call in calls:
+        (home.parent / f"let-{call}").touch()
 
 
 # The events at which a signal is sent: the first of each step, and the words that tell where within a step.
@@ -69,6 +81,8 @@ MOMENTS: dict[str, Callable[[Event], bool]] = {
     "started": lambda event: event.step == "starting" and event.state == "done",
     "ready": lambda event: event.step == "ready" and event.state == "running",
 }
+# How many calls of the slow predict must pass for the deploy to come there; the next one holds it.
+PASSED = {"between": 1, "starting": 1, "warming up": 1, "started": 2, "ready": 2}
 
 
 def rows(steps: Iterable[str], first: str, update: str) -> list[Any]:
@@ -86,9 +100,9 @@ def rows(steps: Iterable[str], first: str, update: str) -> list[Any]:
     ]
 
 
-def begin(**options: Any) -> Job:
+def begin(home: Path, **options: Any) -> Job:
     """Start a deploy of the slow predict without waiting, and return its Job."""
-    deploy(slow(), name="one", sample={"x": 1}, wait=False, **options)
+    deploy(slow(home), name="one", sample={"x": 1}, wait=False, **options)
     found = running_job(nbdeploy.config.home(), "one")  # type: ignore[attr-defined] # a submodule, imported above
     assert found is not None
     return found
@@ -102,17 +116,18 @@ def until(job: Job, moment: Callable[[Event], bool]) -> None:
 
 def nothing_runs(home: Path, *, served: bool) -> None:
     """Prove that no process is left but those of what serves (a supervisor and a Replica)."""
-    wait_until(lambda: len(leftovers(home)) == (2 if served else 0), 20)
+    wait_until(lambda: len(leftovers(home)) == (2 if served else 0))
     assert not any((job.folder / "secrets.json").exists() for job in all_jobs(home))
     assert not any((job.folder / "child.json").exists() for job in all_jobs(home))
 
 
-def at(step: str, monkeypatch: pytest.MonkeyPatch, *, served: bool) -> tuple[Job, Identity]:
+def at(step: str, home: Path, monkeypatch: pytest.MonkeyPatch, *, served: bool) -> tuple[Job, Identity]:
     """Begin a deploy with a secret, over an older one or not; return it and its worker once it has come to a step."""
     monkeypatch.setenv("TOKEN", "s3cret")
     if served:
         deploy(OLD, name="one", verify=False)
-    job = begin(secrets=("TOKEN",))
+    let(home, *CALLS[: PASSED.get(step, 0)])
+    job = begin(home, secrets=("TOKEN",))
     wait_until(job.worker)
     until(job, MOMENTS[step])
     worker = job.worker()
@@ -123,8 +138,9 @@ def at(step: str, monkeypatch: pytest.MonkeyPatch, *, served: bool) -> tuple[Job
 @pytest.mark.parametrize(("step", "served"), rows(MOMENTS, "locked starting ready", "captured verified started"))
 def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
     """SIGTERM ends the deploy as cancelled; what served before serves, a first deploy leaves nothing."""
-    job, worker = at(step, monkeypatch, served=served)
+    job, worker = at(step, home, monkeypatch, served=served)
     worker.signal(signal.SIGTERM)
+    let(home, *CALLS)
     last = list(job.follow())[-1]
     assert (last.step, last.state) == ("job", "cancelled")
     check_what_serves(home, served=served)
@@ -136,8 +152,9 @@ def test_cancel_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: 
 )
 def test_kill_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch, step: str, served: bool) -> None:  # noqa: FBT001 - a parameter
     """A worker that is killed leaves no word: whoever follows says it, nothing half-made serves, a new deploy works."""
-    job, worker = at(step, monkeypatch, served=served)
+    job, worker = at(step, home, monkeypatch, served=served)
     worker.signal(signal.SIGKILL)
+    let(home, *CALLS)
     last = list(job.follow())[-1]
     assert (last.step, last.state, last.data["error"]) == ("job", "failed", "DeployError")
     assert "killed" in last.detail or "died" in last.detail
@@ -159,11 +176,13 @@ def check_what_serves(home: Path, *, served: bool) -> None:
 
 def test_a_kill_at_the_last_step_says_what_serves(home: Path) -> None:
     """Once the new Revision serves, a killed worker cannot take it back: the words say so."""
-    job = begin()
+    let(home, *CALLS[: PASSED["ready"]])
+    job = begin(home)
     until(job, MOMENTS["ready"])
     worker = job.worker()
     assert worker is not None
     worker.signal(signal.SIGKILL)
+    let(home, *CALLS)
     assert "the new Revision serves" in list(job.follow())[-1].detail
     assert nbdeploy.connect("one")(x=1) == "slow"
 
@@ -190,22 +209,25 @@ def kernel(source: str) -> subprocess.Popen[str]:
 
 WAITS = """
 import os, time
-mine = {pid}
+mine = os.getpid()
 def predict(x: int) -> str:
-    if mine != os.getpid():
-        time.sleep(0.25)
+    limit = time.monotonic() + 60
+    while mine != os.getpid() and not os.path.exists({go!r}) and time.monotonic() < limit:
+        time.sleep(0.01)
     return 'done'
 """
 
 
 def test_an_interrupt_detaches(home: Path) -> None:
     """Ctrl+C in the cell ends the following, not the deploy."""
-    with kernel(WAITS.replace("{pid}", "os.getpid()").replace("mine = ", "mine = ")) as process:
+    go = home.parent / "go"
+    with kernel(WAITS.format(go=str(go))) as process:
         assert process.stdout is not None
         assert any(line.startswith("verified running") for line in iter(process.stdout.readline, ""))
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
         assert process.wait(DEADLINE) == 0, rest
+    go.touch()
     assert "job note Detached" in rest
     assert "nbdeploy cancel one" in rest
     assert "back 'one'" in rest
@@ -216,10 +238,12 @@ def test_an_interrupt_detaches(home: Path) -> None:
 
 def test_the_kernel_may_die(home: Path) -> None:
     """A killed kernel changes nothing: the deploy goes on to its end."""
-    with kernel(WAITS.replace("{pid}", "os.getpid()")) as process:
+    go = home.parent / "go"
+    with kernel(WAITS.format(go=str(go))) as process:
         assert process.stdout is not None
         assert any(line.startswith("locked") for line in iter(process.stdout.readline, ""))
         process.kill()
+    go.touch()
     (job,) = all_jobs(home)
     assert list(job.follow())[-1].state == "done"
     assert nbdeploy.connect("one")(x=1) == "done"
@@ -235,15 +259,16 @@ def test_cancel_raises_in_the_cell(home: Path) -> None:
             job.cancel()
 
     with pytest.raises(CancelledError, match="cancelled"):
-        deploy(slow(), name="one", sample={"x": 1}, on_event=cancel)
+        deploy(slow(home), name="one", sample={"x": 1}, on_event=cancel)
     nothing_runs(home, served=False)
 
 
 def test_a_second_deploy_of_a_name_is_refused(home: Path) -> None:
     """One deploy of a name at a time; the words name the way out. Another name is free."""
-    job = begin()
+    job = begin(home)
     with pytest.raises(DeployError, match="nbdeploy cancel one"):
         deploy(NEW, name="one")
+    let(home, *CALLS)
     assert deploy(NEW, name="two", verify=False)(x=1) == "new"
     assert list(job.follow())[-1].state == "done"
 

@@ -25,7 +25,7 @@ from nbdeploy.engines.loopback import problem
 from nbdeploy.process import Identity
 
 HOLD = 3.0  # seconds a connection waits for a pod that is about to be ready, before it gets a 503
-FIRST = 15.0  # seconds it waits while the forwarder, just started, logs in and asks for the first time
+FIRST = 15.0  # seconds it waits while the forwarder, just started and logged in, asks for the first time
 FAREWELL = 2.0  # seconds that calls may go on after the order to stop
 _AGAIN = 0.2  # seconds before pods that refused are tried again
 _PING = 20.0  # seconds between signs of life asked of each tunnel
@@ -62,6 +62,7 @@ class Forwarder:
         self._target = {key: argument[key] for key in ("context", "namespace", "service", "port")}
         self._api: Api | None = None
         self._renewing = asyncio.Lock()
+        self._logged_in = 0.0  # when, last
         self._slices = Slices(argument["service"], self._get_api, self._renew, self._changed)
         self._pods: dict[asyncio.Task[Any], str] = {}  # which connection is with which pod, or about to be
         self._relays: dict[asyncio.Task[Any], Relay] = {}
@@ -128,6 +129,7 @@ class Forwarder:
         async with self._renewing:
             if self._api is None or self._api is refused:
                 self._api = Api(await fetch(self._engine, self._context), self._namespace)
+                self._logged_in = time.monotonic()
             return self._api
 
     # -- connections --------------------------------------------------------------------------------------------
@@ -223,7 +225,9 @@ class Forwarder:
             status = 502 if self._slices.lasting else 503  # clients try again after a 503
             raise _Refused(status, f"The cluster cannot be asked: {trouble.rstrip('.')}. {self._hint()}")
         if serving is None:
-            if time.monotonic() >= limit + FIRST - HOLD:
+            # Logging in has a limit and words of its own: a login program may ask a cloud, on a machine that is slow.
+            since = max(limit - HOLD, self._logged_in)
+            if not self._renewing.locked() and time.monotonic() >= since + FIRST:
                 raise _Refused(503, f"The cluster of {self._name} has not answered yet. {self._hint()}")
         elif not serving.exists:
             raise _Refused(

@@ -111,7 +111,7 @@ class LocalEngine:
         )
 
     def scrape(self, name: str) -> dict[str, str]:
-        """Return the Prometheus text of each Replica."""
+        """Return the Prometheus text of each Replica that answers within 2 s."""
         record = self._supervised(self._existing(name))
         if record is None or not record.identity.alive():
             return {}

@@ -40,6 +40,7 @@ class Replica:
         reason: why it is gone, in words.
         handed: connections given to it.
         turn: when it was last given one; the lowest is next.
+        told: every text on its progress, in order: how far it got is told on, however soon it was ready.
         gone: set once the process has ended and its output is read.
         serves: it may be given connections, once ready.
     """
@@ -49,7 +50,7 @@ class Replica:
         self.revision = revision
         self.state = State.STARTING
         self.reason = ""
-        self.progress = ""
+        self.told: list[str] = []
         self.handed = 0
         self.turn = 0
         self.started = time.monotonic()
@@ -185,7 +186,7 @@ class Replica:
         elif op == "let go":
             self.let_go.set()
         elif op == "progress":
-            self.progress = message["text"]
+            self.told.append(message["text"])
             self._changed()
         elif op == "failed":
             self.failed_reason = "\n".join([message["reason"], *message["lines"]])

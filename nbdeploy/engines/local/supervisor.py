@@ -259,7 +259,9 @@ class Supervisor:
         elif op == "scrape":
             replicas = [one for one in self._replicas if one.state in {State.READY, State.DRAINING}]
             texts = await asyncio.gather(*(one.metrics() for one in replicas))
-            tell({"op": "done", "metrics": {one.name: text for one, text in zip(replicas, texts, strict=True)}})
+            # A Replica that is silent is left out: without its counters, "" would pass for zeros in a sum.
+            found = {one.name: text for one, text in zip(replicas, texts, strict=True) if text}
+            tell({"op": "done", "metrics": found})
         elif op == "settle":
             async with self._change:
                 tell({"op": "done"})
@@ -362,20 +364,25 @@ class Supervisor:
         self._task(self._until_gone(spare, current.serving.timeout + 15))
 
     async def _until_ready(self, fresh: list[Replica], tell: Tell, reader: asyncio.StreamReader) -> None:
-        """Wait for new Replicas; one that ends, or an asker that leaves, ends it all."""
+        """Wait for new Replicas; one that ends, or an asker that leaves, ends it all.
+
+        Each text on their progress is told once, also where they were ready or gone before anybody looked.
+        """
         left = asyncio.ensure_future(reader.read())
         try:
-            said = ""
-            while any(replica.state is not State.READY for replica in fresh):
+            said: set[str] = set()
+            while True:
+                for text in itertools.chain.from_iterable(replica.told for replica in fresh):
+                    if text not in said:
+                        said.add(text)
+                        tell({"op": "progress", "text": text})
+                if all(replica.state is State.READY for replica in fresh):
+                    return
                 for replica in fresh:
                     if replica.state is State.GONE:
                         raise ApplyError(replica.reason or "The Replica ended before it was ready.")
                 if left.done():
                     raise ApplyError("The deploy was cancelled.")
-                progress = next((replica.progress for replica in fresh if replica.progress), "")
-                if progress != said:
-                    said = progress
-                    tell({"op": "progress", "text": progress})
                 waits = [asyncio.ensure_future(replica.changed.wait()) for replica in fresh]
                 await asyncio.wait([*waits, left], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 for wait in waits:
