@@ -20,6 +20,7 @@ from nbdeploy.engines.local.layout import Layout
 from nbdeploy.spec import Revision, Serving
 from nbdeploy.store import Store
 from tests.conftest import leftovers, wait_until
+from tests.server.asking import PAGE, SQUARE, TOKENS, WORK
 from tests.server.containers import KEY, PROGRAM, Container, taken_port
 
 if TYPE_CHECKING:
@@ -176,3 +177,27 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Container]]:
         if container.process.poll() is None:
             container.process.kill()
         container.process.wait(30)
+
+
+@pytest.fixture
+def square(serve: Callable[..., Served]) -> Served:
+    """A function with a key and one allowed page."""
+    return serve("square", SQUARE, {"input": 4.0}, cors=(PAGE,))
+
+
+@pytest.fixture
+def work(serve: Callable[..., Served]) -> Served:
+    """A function that sleeps, spins, raises; two may wait."""
+    return serve("work", WORK, queue=2)
+
+
+@pytest.fixture
+def tokens(serve: Callable[..., Served]) -> Served:
+    """A generator."""
+    return serve("tokens", TOKENS, {"items": ["a", "b"]})
+
+
+@pytest.fixture
+def public(serve: Callable[..., Served]) -> Served:
+    """An Endpoint without a key."""
+    return serve("public", SQUARE, {"input": 7.25}, public=True)

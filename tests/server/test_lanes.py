@@ -115,14 +115,15 @@ def test_answers_reach_their_callers(lane: Lane) -> None:
 
 def test_concurrency_of_threads() -> None:
     """`concurrency` calls run at once, and not one more."""
-    running, most, lock = 0, 0, threading.Lock()
+    running, most, lock, together = 0, 0, threading.Lock(), threading.Barrier(3, timeout=DEADLINE)
 
     def predict() -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.05)
+        together.wait()
+        time.sleep(0.05)  # for a fourth one to come in, if it could
         with lock:
             running -= 1
 
